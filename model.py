@@ -1,0 +1,170 @@
+"""GPT-2 as nanoGPT readers know it, with its parameter names, a value head, and batch generation with a KV cache.
+
+B sequences, T tokens, V vocabulary, C embedding width, H attention heads.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from data import VOCAB
+
+PRESETS = {
+    "small": dict(n_layer=4, n_head=4, n_embd=128),  # 0.8M parameters: learns to add in minutes on a laptop
+    "paper": dict(n_layer=12, n_head=12, n_embd=768),  # 85M parameters: the paper's model, for a GPU
+}
+
+
+@dataclass
+class GPTConfig:
+    block_size: int  # the most tokens a sequence can have: learned positions 0 .. block_size - 1
+    vocab_size: int = len(VOCAB)
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None, start=0):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H)
+        if cache is not None:  # write the new keys and values in place, attend to all so far
+            cache[0][:, :, start : start + T], cache[1][:, :, start : start + T] = k, v
+            k, v = cache[0][:, :, : start + T], cache[1][:, :, : start + T]
+        # softmax(q k^T / sqrt(C/H)) v, each token seeing itself and what came before. A single token is the newest
+        # and sees everything, so it needs no mask.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2's GELU
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, start=0):
+        x = x + self.attn(self.ln_1(x), cache, start)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # GPT-2 ties input and output embeddings
+        # GPT-2's initialization: weights N(0, 0.02), biases 0, projections into the residual stream scaled down.
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, idx, offset=None, cache=None, start=0):
+        """idx (B, T) token ids -> logits (B, T, V) for the token after each, and hidden states (B, T, C).
+
+        offset: (B,) position of each row's first token, default 0. Pre-training draws it at random.
+        cache, start: see `generate`: keys and values of the tokens before position `start`, extended in place.
+        """
+        B, T = idx.shape
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit the block of {self.config.block_size}")
+        pos = torch.arange(start, start + T, device=idx.device)
+        pos = pos if offset is None else offset[:, None] + pos
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, None if cache is None else cache[i], start)
+        hidden = self.transformer.ln_f(x)
+        return self.lm_head(hidden), hidden
+
+
+SLASH, LINE_BREAK = VOCAB.index("/"), VOCAB.index("\n")
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
+    """Continue a batch of prompts of different lengths in one pass.
+
+    prompts: list of B lists of ids. Rows are aligned at position 0. At each step a row still inside its prompt is
+        fed its prompt's next token, the others their own last choice: no padding mask, no grouping by length.
+    max_new_tokens: the most tokens to add to a row (fewer where the block ends).
+    temperature: of the softmax that is sampled, with `generator`; 0 is greedy.
+    A row ends with the second line break after its first "/": "</scratch>", line break, result, line break.
+    Returns ids (B, T) on the model's device, and lengths (B,): row b is ids[b, :lengths[b]], the rest is 0.
+    """
+    config, device = model.config, model.lm_head.weight.device
+    prompt_len = torch.tensor([len(p) for p in prompts])
+    longest = int(prompt_len.max())
+    if longest >= config.block_size:
+        raise ValueError(f"a prompt of {longest} tokens leaves no room in the block of {config.block_size}")
+    B, T = len(prompts), min(config.block_size, longest + max_new_tokens)
+    ids = torch.zeros(B, T, dtype=torch.long)
+    for row, p in zip(ids, prompts):
+        row[: len(p)] = torch.tensor(p)
+    ids, prompt_len = ids.to(device), prompt_len.to(device)
+    limit = (prompt_len + max_new_tokens).clamp(max=T)
+    lengths = limit.clone()
+    ended, slash, breaks = (torch.zeros(B, dtype=torch.long, device=device) for _ in range(3))
+
+    shape = (config.n_layer, 2, B, config.n_head, T, config.n_embd // config.n_head)
+    cache = torch.zeros(shape, dtype=model.lm_head.weight.dtype, device=device)
+    start, t = 0, int(prompt_len.min())  # the cache holds positions 0 .. start - 1; t is the next position to fill
+    while t < T:
+        logits, _ = model(ids[:, start:t], cache=cache, start=start)
+        logits = logits[:, -1].float()  # (B, V)
+        if temperature == 0:
+            choice = logits.argmax(-1)
+        else:
+            probs = F.softmax(logits / temperature, -1)
+            choice = torch.multinomial(probs, 1, generator=generator)[:, 0]
+        own = (t >= prompt_len) & (ended == 0)
+        ids[:, t] = torch.where(own, choice, ids[:, t])
+        # Which rows does this token end?
+        breaks += (choice == LINE_BREAK) & own & (slash > 0)
+        slash += (choice == SLASH) & own
+        ends = own & ((breaks == 2) | (t + 1 >= limit))
+        lengths = torch.where(ends, t + 1, lengths)
+        ended += ends
+        start, t = t, t + 1
+        if t % 16 == 0 and bool(ended.all()):  # asking each time would make a GPU wait for the CPU
+            break
+    return ids[:, :t], lengths
+
+
+def split_actions(ids, prompt_len, lengths):
+    """The one place where tokens are shifted: the action in state ids[:, :t+1] is the token ids[:, t+1].
+
+    ids (B, T), prompt_len (B,), lengths (B,) -> states (B, T-1), to feed to the model; actions (B, T-1), what its
+    logits are to predict; mask (B, T-1), 1.0 where the action belongs to the answer, 0.0 at prompt and padding.
+    """
+    t = torch.arange(1, ids.shape[1], device=ids.device)
+    mask = (t >= prompt_len[:, None]) & (t < lengths[:, None])
+    return ids[:, :-1], ids[:, 1:], mask.float()

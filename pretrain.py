@@ -1,0 +1,263 @@
+"""Pre-train a GPT-2 from scratch on additions of 1..N digits.
+
+Run:  python pretrain.py --digits 5 --preset small --seed 0
+
+Writes out/<run>/model.pt (the checkpoint), log.csv and settings.json, and ends with the accuracies of the paper's
+Tables 4 and 5. B sequences, T tokens, V vocabulary.
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import pickle
+import sys
+import time
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import data
+from model import GPT, GPTConfig, PRESETS, generate, split_actions
+
+
+# --------------------------------------------------------------------------- errors, device, checkpoints
+class UserError(Exception):
+    """Something the user can mend. Its one line names the problem and the way out; the exit code is 2."""
+
+
+def run(main):
+    """Run a script's main() so that a UserError ends in one line on stderr and exit code 2, without a traceback."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\ninterrupted", file=sys.stderr) or 130)
+
+
+def get_device(name):
+    """'auto' -> cuda, else mps, else cpu; any other name is checked by making a tensor there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by device, for one that is not there
+        raise UserError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
+
+
+def autocast(device, enabled=True):
+    """bfloat16 matrix products where the hardware has them; everything kept in memory stays float32."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    fast = fast or device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and fast)
+
+
+def save_checkpoint(path, model, **facts):
+    """Weights, config and vocabulary, and what else explains the checkpoint; renamed into place when whole."""
+    weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
+    checkpoint = dict(model=weights, config=asdict(model.config), vocab=data.VOCAB, **facts)
+    try:
+        torch.save(checkpoint, path + ".tmp")
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path} ({error}); choose another folder with --out") from None
+
+
+def load_checkpoint(path, device):
+    """A checkpoint of ours -> (model in eval mode, the checkpoint's dict). Anything else is a UserError."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["vocab"] != data.VOCAB:
+            raise UserError(f"{path} has another vocabulary ({checkpoint['vocab']!r}); pre-train again")
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+        checkpoint["digits"]  # both scripts save it
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}; make one with pretrain.py") from None
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
+        cause = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path} is not a whole checkpoint of this project ({type(error).__name__}: {cause}); "
+                        "delete it and make it again with pretrain.py") from None
+    return model.to(device).eval(), checkpoint
+
+
+def make_folder(path, settings):
+    """Create the run's folder with its settings.json; returns the path."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        with open(os.path.join(path, "settings.json"), "w") as f:
+            json.dump(settings, f, indent=1)
+    except OSError as error:
+        raise UserError(f"cannot write to {path} ({error.strerror}); choose another folder with --out") from None
+    return path
+
+
+# --------------------------------------------------------------------------- evaluation
+def sample_problems(n, n_digits, mode, seed, extra_digits=1):
+    """n held-out problems, the same for the same seed."""
+    rng = np.random.default_rng([seed, n_digits])
+    return [data.sample_pair(rng, n_digits, mode, extra_digits, test=True) for _ in range(n)]
+
+
+def solve(model, pairs, temperature=0, seed=0, batch_size=256):
+    """Let the model answer all problems -> (correct: bool array (n,), texts: list of n prompts + answers)."""
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    texts = []
+    for i in range(0, len(pairs), batch_size):
+        prompts = [data.encode(data.prompt(a, b)) for a, b in pairs[i : i + batch_size]]
+        ids, lengths = generate(model, prompts, model.config.block_size, temperature, generator)
+        texts += [data.decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
+    return np.array([data.grade(text, a, b) for text, (a, b) in zip(texts, pairs)]), texts
+
+
+def bootstrap(values, seed=0, resamples=1000):
+    """Mean of values (n,) and its 95% interval by resampling -> (mean, low, high)."""
+    values = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
+    return values.mean(), low, high
+
+
+def accuracy_table(model, n_digits, n_problems, temperature=0):
+    """The paper's Tables 4 and 5: {(mode, L): (mean, low, high)} for L = N .. N+3, as far as the block holds L."""
+    return {(mode, length): bootstrap(solve(model, sample_problems(n_problems, length, mode, seed=1), temperature)[0])
+            for length in range(n_digits, n_digits + 4) if data.max_length(length) <= model.config.block_size
+            for mode in ("identical", "varying")}
+
+
+def print_table(table, title):
+    print(f"\n{title}: accuracy in % [95% interval]")
+    for mode in ("identical", "varying"):
+        cells = [f"{length} digits {100 * m:5.1f} [{100 * lo:.1f}, {100 * hi:.1f}]"
+                 for (row, length), (m, lo, hi) in table.items() if row == mode]
+        print(f"  {mode:<9}  " + "   ".join(cells))
+
+
+# --------------------------------------------------------------------------- training
+def to_batch(pairs, device):
+    """Worked problems -> ids (B, T) padded with 0, prompt_len (B,), lengths (B,)."""
+    prompts = [data.encode(data.prompt(a, b)) for a, b in pairs]
+    rows = [p + data.encode(data.answer(a, b)) for p, (a, b) in zip(prompts, pairs)]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    return ids.to(device), torch.tensor([len(p) for p in prompts]).to(device), torch.tensor([len(r) for r in rows]).to(device)
+
+
+def pretrain_batches(n_digits, batch_size, block_size, seed, device):
+    """Endless batches (ids, prompt_len, lengths, offset) of worked problems of like length.
+
+    64 batches' problems are drawn at once, sorted by length, cut into batches and shuffled: so hardly anything is
+    padding. offset (B,) is the row's random place in the block: a row starts anywhere, so all positions are trained.
+    """
+    rng = np.random.default_rng([seed, 0])
+    while True:
+        pool = [data.sample_pair(rng, n_digits, "train") for _ in range(64 * batch_size)]
+        pool.sort(key=lambda pair: (max(pair), min(pair)))
+        for i in rng.permutation(64):
+            ids, prompt_len, lengths = to_batch(pool[i * batch_size : (i + 1) * batch_size], device)
+            offset = torch.from_numpy(rng.integers(0, block_size - ids.shape[1] + 1, len(ids))).to(device)
+            yield ids, prompt_len, lengths, offset
+
+
+def answer_loss(model, ids, prompt_len, lengths, offset=None):
+    """Mean cross-entropy in nats over the answers' tokens; the prompt's are not the model's to predict."""
+    states, actions, mask = split_actions(ids, prompt_len, lengths)
+    with autocast(ids.device):
+        logits, _ = model(states, offset)  # (B, T-1, V)
+    loss = F.cross_entropy(logits.float().transpose(1, 2), actions, reduction="none")  # (B, T-1)
+    return (loss * mask).sum() / mask.sum()
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up, then constant, then linear decay to 0 over the last 40% of the steps."""
+    return peak * min((step + 1) / warmup, 1.0, (steps - step) / (0.4 * steps))
+
+
+def parse_args(argv):
+    ap = argparse.ArgumentParser(description="Pre-train a GPT-2 from scratch on additions of 1..N digits.",
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = ap.add_argument
+    add("--digits", type=int, default=5, help="N: train on operands of 1..N digits")
+    add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")
+    add("--steps", type=int, default=7000, help="optimizer steps; they count more than examples")
+    add("--batch_size", type=int, default=4, help="worked problems a step")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
+    add("--warmup", type=int, default=50, help="steps of linear warm-up")
+    add("--block_size", type=int, default=0, help="positions of the model; 0: what N+1 digits need, in whole 32s")
+    add("--eval_problems", type=int, default=250, help="held-out problems for each accuracy of the final table")
+    add("--seed", type=int, default=0, help="of initialization and data")
+    add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
+    add("--out", default="", help="folder for the run; default: out/pretrain_<settings>")
+    return ap.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    # 1. Settings and what can be wrong with them
+    if args.digits < 1:
+        raise UserError(f"--digits {args.digits}: at least 1 digit is needed to add")
+    block_size = args.block_size or math.ceil(data.max_length(args.digits + 1) / 32) * 32
+    if data.max_length(args.digits) > block_size:
+        raise UserError(f"--digits {args.digits} needs --block_size {data.max_length(args.digits)} or more, not {block_size}")
+    device = get_device(args.device)
+    out = args.out or f"out/pretrain_n{args.digits}_{args.preset}_seed{args.seed}"
+    make_folder(out, vars(args) | dict(block_size=block_size))
+
+    # 2. Model and optimizer
+    torch.manual_seed(args.seed)
+    model = GPT(GPTConfig(block_size=block_size, **PRESETS[args.preset])).to(device)
+    decay = [p for p in model.parameters() if p.dim() == 2]
+    other = [p for p in model.parameters() if p.dim() < 2]  # no weight decay on biases and layer norms
+    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=other, weight_decay=0.0)],
+                                  lr=args.lr, betas=(0.9, 0.99), fused=device.type != "mps")
+    batches = pretrain_batches(args.digits, args.batch_size, block_size, args.seed, device)
+    print(f"pre-training on 1..{args.digits} digits: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"block {block_size}, {args.steps} steps of {args.batch_size} problems, on {device}")
+
+    # 3. Train
+    watch = {mode: sample_problems(64, length, mode, seed=2)
+             for mode, length in (("identical", args.digits), ("varying", args.digits + 1))}
+    with open(os.path.join(out, "log.csv"), "w", newline="") as f:
+        log = csv.writer(f)
+        log.writerow(["step", "loss", "lr", "identical_n", "varying_n1", "tokens_per_s", "seconds"])
+        start, tokens, losses, last = time.time(), 0, [], (0, time.time())
+        accuracy = [0.0, 0.0]
+        bar = tqdm(range(args.steps), desc="pre-train", unit="step", mininterval=1, dynamic_ncols=True)
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
+            ids, prompt_len, lengths, offset = next(batches)
+            loss = answer_loss(model, ids, prompt_len, lengths, offset)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.detach())
+            tokens += ids.numel()
+            if (step + 1) % 100 == 0 or step + 1 == args.steps:
+                mean_loss = torch.stack(losses).mean().item()
+                rate = (tokens - last[0]) / (time.time() - last[1])
+                if (step + 1) % 1000 == 0:
+                    accuracy = [solve(model, pairs)[0].mean() for pairs in watch.values()]
+                log.writerow([step + 1, f"{mean_loss:.5f}", f"{group['lr']:.6f}", *accuracy, f"{rate:.0f}", f"{time.time() - start:.1f}"])
+                f.flush()
+                bar.set_postfix_str(f"loss {mean_loss:.4f}, N {accuracy[0]:.0%}, N+1 varying {accuracy[1]:.0%}, {rate:,.0f} tokens/s")
+                losses, last = [], (tokens, time.time())
+
+    # 4. Measure, show failures, save
+    minutes = (time.time() - start) / 60
+    save_checkpoint(os.path.join(out, "model.pt"), model, digits=args.digits, step=args.steps, settings=vars(args))
+    model.eval()
+    table = accuracy_table(model, args.digits, args.eval_problems)
+    print_table(table, f"greedy, {args.eval_problems} held-out problems a cell")
+    print(f"\ntrained in {minutes:.1f} minutes; saved {out}/model.pt")
+    return table
+
+
+if __name__ == "__main__":
+    run(main)
