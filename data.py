@@ -78,6 +78,32 @@ def grade(text, a, b):
     return bool(end_tag and line_break) and result == " ".join(str(a + b))
 
 
+def first_error(text, a, b):
+    """Index of the first character where a text leaves the right prompt + answer (its length if cut short), or None."""
+    right = prompt(a, b) + answer(a, b)
+    same = next((i for i, (got, wanted) in enumerate(zip(text, right)) if got != wanted), min(len(text), len(right)))
+    return same if same < len(right) else None
+
+
+def place(a, b, index):
+    """What stands at an index of the right prompt + answer: "line 2, operand 1", "line 3, sum", "result", ..."""
+    text = prompt(a, b) + answer(a, b)
+    first, end = text.index("<scratch>\n") + len("<scratch>\n"), text.index("</scratch>\n")
+    if not first <= index < end:
+        return "result" if index >= end + len("</scratch>\n") else "tag" if index >= len(prompt(a, b)) else "prompt"
+    *above, line = text[first:index].split("\n")
+    part = ("operand 1", "operand 2", "sum")[min(line.count("]"), 2)]
+    return f"line {len(above) + 1}, {part}"
+
+
+def describe_error(text, a, b):
+    """describe_error of a wrong text: "line 1, operand 2: wrote '1' for '8'"; of a right one: "no error"."""
+    index, right = first_error(text, a, b), prompt(a, b) + answer(a, b)
+    if index is None:
+        return "no error"
+    return f"{place(a, b, index)}: wrote {text[index : index + 1]!r} for {right[index]!r}"
+
+
 def critical_positions(a, b, n_digits):
     """Where a model that was pre-trained on 1..n_digits digits meets its critical tokens.
 

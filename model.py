@@ -38,9 +38,14 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # write the new keys and values in place, attend to all so far
             cache[0][:, :, start : start + T], cache[1][:, :, start : start + T] = k, v
             k, v = cache[0][:, :, : start + T], cache[1][:, :, : start + T]
-        # softmax(q k^T / sqrt(C/H)) v, each token seeing itself and what came before. A single token is the newest
-        # and sees everything, so it needs no mask.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        # y = softmax(q k^T / sqrt(C/H)) v, each token seeing itself and what came before it.
+        if x.is_cpu and q.dtype is torch.bfloat16 and cache is None:
+            # By hand: in training, PyTorch's fused kernel is slower than this on a CPU in bfloat16.
+            mask = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1)
+            with torch.autocast("cpu", enabled=False):
+                y = F.softmax(q * (C // self.n_head) ** -0.5 @ k.transpose(-2, -1) + mask, -1) @ v
+        else:  # A single token is the newest and sees everything, so it needs no mask.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -87,6 +92,11 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+        # Except that the learned positions start as sinusoids (Vaswani et al. 2017): near positions look alike, so that
+        # "the same place, one line up" is found in fewer steps.
+        angle = torch.arange(config.block_size)[:, None] * 10000 ** (-torch.arange(0, config.n_embd, 2) / config.n_embd)
+        with torch.no_grad():
+            self.transformer.wpe.weight.copy_(0.1 * torch.cat([angle.sin(), angle.cos()], 1))
 
     def forward(self, idx, offset=None, cache=None, start=0):
         """idx (B, T) token ids -> logits (B, T, V) for the token after each, and hidden states (B, T, C).

@@ -39,6 +39,13 @@ def run(main):
         sys.exit(print("\ninterrupted", file=sys.stderr) or 130)
 
 
+def require(args, **valid):
+    """require(args, lr=args.lr > 0): a UserError naming the first setting that is not valid. (nan is never valid.)"""
+    for name, good in valid.items():
+        if not good:
+            raise UserError(f"--{name} {getattr(args, name)} cannot work; see --help")
+
+
 def get_device(name):
     """'auto' -> cuda, else mps, else cpu; any other name is checked by making a tensor there."""
     if name == "auto":
@@ -85,6 +92,10 @@ def load_checkpoint(path, device):
     return model.to(device).eval(), checkpoint
 
 
+def default_folder(digits, preset, seed):
+    return f"out/pretrain_n{digits}_{preset}_seed{seed}"
+
+
 def make_folder(path, settings):
     """Create the run's folder with its settings.json; returns the path."""
     try:
@@ -122,11 +133,20 @@ def bootstrap(values, seed=0, resamples=1000):
     return values.mean(), low, high
 
 
-def accuracy_table(model, n_digits, n_problems, temperature=0):
-    """The paper's Tables 4 and 5: {(mode, L): (mean, low, high)} for L = N .. N+3, as far as the block holds L."""
-    return {(mode, length): bootstrap(solve(model, sample_problems(n_problems, length, mode, seed=1), temperature)[0])
-            for length in range(n_digits, n_digits + 4) if data.max_length(length) <= model.config.block_size
-            for mode in ("identical", "varying")}
+def accuracy_table(model, n_digits, n_problems):
+    """The paper's Tables 4 and 5, greedy: L = N .. N+3, as far as the block holds L.
+
+    Returns {(mode, L): (mean, low, high)} and the failures [(text, a, b)].
+    """
+    table, failures = {}, []
+    for length in range(n_digits, n_digits + 4):
+        for mode in ("identical", "varying"):
+            if data.max_length(length) <= model.config.block_size:
+                pairs = sample_problems(n_problems, length, mode, seed=1)
+                correct, texts = solve(model, pairs)
+                table[mode, length] = bootstrap(correct)
+                failures += [(text, a, b) for text, (a, b), good in zip(texts, pairs, correct) if not good]
+    return table, failures
 
 
 def print_table(table, title):
@@ -184,10 +204,10 @@ def parse_args(argv):
     add = ap.add_argument
     add("--digits", type=int, default=5, help="N: train on operands of 1..N digits")
     add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")
-    add("--steps", type=int, default=7000, help="optimizer steps; they count more than examples")
+    add("--steps", type=int, default=5500, help="optimizer steps; they count more than examples")
     add("--batch_size", type=int, default=4, help="worked problems a step")
-    add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
-    add("--warmup", type=int, default=50, help="steps of linear warm-up")
+    add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
+    add("--warmup", type=int, default=100, help="steps of linear warm-up")
     add("--block_size", type=int, default=0, help="positions of the model; 0: what N+1 digits need, in whole 32s")
     add("--eval_problems", type=int, default=250, help="held-out problems for each accuracy of the final table")
     add("--seed", type=int, default=0, help="of initialization and data")
@@ -199,13 +219,13 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     # 1. Settings and what can be wrong with them
-    if args.digits < 1:
-        raise UserError(f"--digits {args.digits}: at least 1 digit is needed to add")
+    require(args, digits=args.digits >= 1, steps=args.steps >= 1, batch_size=args.batch_size >= 1, lr=0 < args.lr < math.inf,
+            warmup=args.warmup >= 1, block_size=args.block_size >= 0, eval_problems=args.eval_problems >= 1)
     block_size = args.block_size or math.ceil(data.max_length(args.digits + 1) / 32) * 32
     if data.max_length(args.digits) > block_size:
         raise UserError(f"--digits {args.digits} needs --block_size {data.max_length(args.digits)} or more, not {block_size}")
     device = get_device(args.device)
-    out = args.out or f"out/pretrain_n{args.digits}_{args.preset}_seed{args.seed}"
+    out = args.out or default_folder(args.digits, args.preset, args.seed)
     make_folder(out, vars(args) | dict(block_size=block_size))
 
     # 2. Model and optimizer
@@ -253,8 +273,11 @@ def main(argv=None):
     minutes = (time.time() - start) / 60
     save_checkpoint(os.path.join(out, "model.pt"), model, digits=args.digits, step=args.steps, settings=vars(args))
     model.eval()
-    table = accuracy_table(model, args.digits, args.eval_problems)
+    table, failures = accuracy_table(model, args.digits, args.eval_problems)
     print_table(table, f"greedy, {args.eval_problems} held-out problems a cell")
+    print("\nthree failures, at their first wrong character")
+    for text, a, b in failures[:: max(1, len(failures) // 3)][:3]:
+        print(f"  {a}+{b}: {data.describe_error(text, a, b)}")
     print(f"\ntrained in {minutes:.1f} minutes; saved {out}/model.pt")
     return table
 

@@ -1,0 +1,233 @@
+"""Tables and figures from checkpoints and run logs.
+
+    python analyze.py tokens out/pretrain_n5_small_seed0/model.pt     Figure 5 and Table 1: where is the model unsure?
+    python analyze.py curves out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  learning curves of runs, side by side
+
+Pictures go to out/figures.
+"""
+import argparse
+import csv
+import json
+import os
+import sys
+
+import matplotlib
+import numpy as np
+import torch
+
+import data
+import pretrain
+from kl import certainty
+from pretrain import UserError, bootstrap, sample_problems, solve
+
+matplotlib.use("Agg")  # pictures go to files: no screen is needed
+import matplotlib.pyplot as plt
+
+
+def save_figure(figure, folder, name):
+    path = os.path.join(folder, name)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); choose another folder with --out") from None
+    plt.close(figure)
+    print(f"saved {path}")
+
+
+# --------------------------------------------------------------------------- tokens: Figure 5, Table 1
+@torch.no_grad()
+def token_certainty(model, text):
+    """Certainty (len(text),) of the distribution that each character was chosen from; nan at the first."""
+    logits, _ = model(torch.tensor([data.encode(text[:-1])], device=model.lm_head.weight.device))
+    return np.concatenate([[np.nan], certainty(logits)[0].cpu().numpy()])
+
+
+def table_1(texts, pairs, certainties, n_digits):
+    """Certainty on a token minus the mean certainty on the answer's other tokens, critical and not.
+
+    Only what comes before an answer's first error counts: after it the positions mean something else.
+    Returns {name: one value an answer}.
+    """
+    rows = {name: [] for name in ("critical (mean)", "critical (least certain)", "non-critical (mean)", "non-critical (least certain)")}
+    for text, (a, b), sure in zip(texts, pairs, certainties):
+        error = data.first_error(text, a, b)
+        answer = np.arange(len(data.prompt(a, b)), len(text) if error is None else min(error + 1, len(text)))
+        is_critical = np.isin(answer, list(data.critical_positions(a, b, n_digits).values()))
+        others_mean = (sure[answer].sum() - sure[answer]) / (len(answer) - 1)
+        difference = sure[answer] - others_mean
+        for name, chosen in (("critical", is_critical), ("non-critical", ~is_critical)):
+            if chosen.any():
+                rows[f"{name} (mean)"].append(difference[chosen].mean())
+                rows[f"{name} (least certain)"].append(difference[chosen].min())
+    return rows
+
+
+def colour(sure):
+    """Certainty -> RGB in 0..1: white when certain, through yellow, to red at 0.4 and below."""
+    return matplotlib.colormaps["YlOrRd"](0.75 * np.clip((1 - sure) / 0.6, 0, 1))[:3] if sure < 0.99 else (1.0, 1.0, 1.0)
+
+
+def in_colour(text, sure):
+    """The text with ANSI background colours by certainty, for a terminal."""
+    out = ""
+    for char, s in zip(text, sure):
+        if s < 0.99 and char != "\n":
+            r, g, b = (int(255 * x) for x in colour(s))
+            char = f"\033[48;2;{r};{g};{b}m\033[30m{char}\033[0m"
+        out += char
+    return out
+
+
+def draw_tokens(texts, certainties, titles):
+    """The same as a picture: one panel a text, each character on its colour."""
+    lines = [text.split("\n") for text in texts]
+    heights = [len(x) + 2 for x in lines]
+    width = max(len(line) for x in lines for line in x)
+    figure, axes = plt.subplots(len(texts), 1, figsize=(0.085 * width + 0.6, 0.17 * sum(heights) + 0.4), squeeze=False,
+                                gridspec_kw=dict(height_ratios=heights, hspace=0.12))
+    for axis, text, sure, title in zip(axes[:, 0], texts, certainties, titles):
+        column, row = 0, 0
+        for char, s in zip(text, sure):
+            if char == "\n":
+                if s < 0.99:
+                    axis.add_patch(plt.Rectangle((column, row), 1, 1, color=colour(s), lw=0))
+                column, row = 0, row + 1
+                continue
+            if s < 0.99:
+                axis.add_patch(plt.Rectangle((column, row), 1, 1, color=colour(s), lw=0))
+            axis.text(column + 0.5, row + 0.55, char, ha="center", va="center", family="monospace", fontsize=7)
+            column += 1
+        axis.set(xlim=(0, width), ylim=(row + 1, 0))
+        axis.set_title(title, fontsize=8, loc="left")
+        axis.axis("off")
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0.4, 1), matplotlib.colors.ListedColormap(
+        [colour(s) for s in np.linspace(0.4, 1, 128)]))
+    figure.colorbar(scale, ax=axes, fraction=0.02, pad=0.01, label="certainty of the model")
+    return figure
+
+
+def tokens(args):
+    device = pretrain.get_device(args.device)
+    model, facts = pretrain.load_checkpoint(args.checkpoint, device)
+    n_digits, long = facts["digits"], facts["digits"] + args.extra_digits
+    if data.max_length(long) > model.config.block_size:
+        raise UserError(f"{long} digits need a block of {data.max_length(long)}, {args.checkpoint} has {model.config.block_size}")
+    pairs = sample_problems(args.problems, long, "varying", args.seed)
+    correct, texts = solve(model, pairs, args.temperature, args.seed)
+    certainties = [token_certainty(model, text) for text in texts]
+
+    order = np.argsort(correct, kind="stable")[: args.show]  # failures first: they show the most
+    titles = [f"{pairs[i][0]}+{pairs[i][1]}: {'right' if correct[i] else 'wrong'}" for i in order]
+    for i, title in zip(order, titles):
+        print(f"--- {title}")
+        print(in_colour(texts[i], certainties[i]) if sys.stdout.isatty() else texts[i])
+
+    print(f"\n{correct.mean():.1%} of {len(pairs)} problems of {long} digits right "
+          f"({'greedy' if args.temperature == 0 else f'sampled at temperature {args.temperature:g}'}; pre-trained on 1..{n_digits})")
+    print("\nTable 1: certainty on the token minus the mean certainty on the answer's other tokens [95% interval]")
+    for name, values in table_1(texts, pairs, certainties, n_digits).items():
+        if values:
+            print("  {:<30} {:+.4f} [{:+.4f}, {:+.4f}]".format(name, *bootstrap(values)))
+
+    print("\nWhere the failures first went wrong")
+    n_critical = 0
+    for i in np.flatnonzero(~correct):
+        (a, b), index = pairs[i], data.first_error(texts[i], *pairs[i])
+        critical = index in data.critical_positions(a, b, n_digits).values()
+        n_critical += critical
+        sure = f", certainty {certainties[i][index]:.2f}" if index < len(texts[i]) else ""
+        print(f"  {a}+{b}: {data.describe_error(texts[i], a, b)}{sure}{', a critical token' if critical else ''}")
+    print(f"  {n_critical} of {(~correct).sum()} at a critical token")
+    save_figure(draw_tokens([texts[i] for i in order], [certainties[i] for i in order], titles), args.out, "tokens.png")
+
+
+# --------------------------------------------------------------------------- curves
+PANELS = {  # column of log.csv: its name on the axis, with units
+    "success": "success in training", "greedy_nk": "accuracy on N+k, greedy", "greedy_n": "accuracy on N, greedy",
+    "kl": "KL to the pre-trained model (nats a token)", "p_critical": "probability of the right critical token",
+    "ce_old": "cross-entropy on 1..N digits (nats)", "loss": "loss (nats a token)", "identical_n": "accuracy on N, identical",
+    "varying_n1": "accuracy on N+1, varying",
+}
+
+
+def load_run(folder):
+    """A run's folder -> (settings dict, {column: (rows,) array with nan where nothing was logged})."""
+    try:
+        with open(os.path.join(folder, "settings.json")) as f:
+            settings = json.load(f)
+        with open(os.path.join(folder, "log.csv"), newline="") as f:
+            rows = list(csv.DictReader(f))
+        return settings, {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    except (OSError, ValueError, IndexError, TypeError) as error:
+        raise UserError(f"{folder} is not the folder of a run with settings.json and log.csv ({error})") from None
+
+
+def group_runs(runs):
+    """[(settings, log)] -> {label: [log, ...]}: one group for equal settings but the seeds, labelled by what differs."""
+    ignored = {"seed", "pretrain_seed", "checkpoint", "out", "device", "name"}
+    names = [name for name in runs[0][0] if name not in ignored and len({str(settings.get(name)) for settings, _ in runs}) > 1]
+    groups = {}
+    for settings, log in runs:
+        label = ", ".join(f"{name} {settings.get(name)}" for name in names) or "all runs"
+        groups.setdefault(label, []).append(log)
+    return groups
+
+
+def curves(args):
+    groups = group_runs([load_run(folder) for folder in args.runs])
+    logs = [log for members in groups.values() for log in members]
+    panels = [name for name in PANELS if all(name in log and not np.isnan(log[name]).all() for log in logs)]
+    if not panels:
+        raise UserError("these runs have no column in common to draw; give runs of one script")
+    x_name = "episodes" if "episodes" in logs[0] else "step"
+    columns = min(3, len(panels))
+    figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(3.6 * columns, 2.7 * -(-len(panels) // columns)), squeeze=False)
+    styles = ["-", "--", ":", "-."]
+    for axis, name in zip(axes.flat, panels):
+        for i, (label, members) in enumerate(groups.items()):
+            x = members[0][x_name]
+            for log in members:
+                x = x[np.isin(x, log[x_name][~np.isnan(log[name])])]
+            y = np.array([log[name][np.isin(log[x_name], x)] for log in members])  # (seeds, points)
+            line, = axis.plot(x, y.mean(0), styles[i % 4], color=f"C{i}", lw=1.5,
+                              label=f"{label} ({len(members)} seeds)" if len(members) > 1 else label)
+            if len(members) > 1:
+                band = np.array([bootstrap(column)[1:] for column in y.T])
+                axis.fill_between(x, band[:, 0], band[:, 1], color=line.get_color(), alpha=0.2, lw=0)
+        axis.set(xlabel=x_name, ylabel=PANELS[name])
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, frameon=False)
+    figure.tight_layout()
+    save_figure(figure, args.out, "curves.png")
+
+
+def main(argv=None):
+    ap = argparse.ArgumentParser(description="Tables and figures from checkpoints and run logs.")
+    verbs = ap.add_subparsers(dest="verb", required=True)
+    with_defaults = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    verb = verbs.add_parser("tokens", help="where a model is unsure, and where its failures begin (Figure 5, Table 1)", **with_defaults)
+    verb.add_argument("checkpoint", help="a model.pt of pretrain.py or ppo.py")
+    verb.add_argument("--problems", type=int, default=50, help="held-out problems to solve")
+    verb.add_argument("--extra_digits", type=int, default=1, help="k: problems of N+k digits")
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
+    verb.add_argument("--show", type=int, default=3, help="answers to show in colour, failures first")
+    verb.add_argument("--seed", type=int, default=1, help="of the problems")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
+    verb.set_defaults(run=tokens)
+
+    verb = verbs.add_parser("curves", help="learning curves; mean and 95%% band where seeds repeat", **with_defaults)
+    verb.add_argument("runs", nargs="+", help="folders of runs, all of pretrain.py or all of ppo.py")
+    verb.set_defaults(run=curves)
+
+    for verb in verbs.choices.values():
+        verb.add_argument("--out", default="out/figures", help="folder for the pictures")
+    args = ap.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    pretrain.run(main)

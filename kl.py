@@ -1,0 +1,28 @@
+"""The prioritized KL penalty: hold the policy near the pre-trained model, except where that model is unsure.
+
+"Ignore the KL Penalty! Boosting Exploration on Critical Tokens to Enhance RL Fine-Tuning" (arXiv 2502.06533).
+B sequences, T tokens, V vocabulary. pi is the policy in training, pi_ref the frozen pre-trained model.
+Our alpha is the exponent (the paper's beta); our kl_coef is the coefficient (the paper's alpha).
+"""
+import torch
+
+
+def entropy(logits):
+    """H(pi(.|s)) in nats: (..., V) -> (...). entr(p) = -p log p is 0 at p = 0, so a one-hot gives no NaN."""
+    return torch.special.entr(torch.softmax(logits.float(), -1)).sum(-1)
+
+
+def certainty(ref_logits):
+    """Eq. 2: J(s) = (H_max - H(pi_ref(.|s))) / H_max.  (B, T, V) -> (B, T): 0 = uniform, 1 = one-hot."""
+    h_max = entropy(torch.zeros_like(ref_logits[..., :1, :]))  # of the uniform distribution: log V
+    return ((h_max - entropy(ref_logits)) / h_max).clamp(0, 1)
+
+
+def prioritized_kl(logp, ref_logp, ref_logits, alpha):
+    """Eq. 1 for each token: J(s)^alpha * k2.  logp, ref_logp (B, T) of the tokens taken -> (B, T) in nats.
+
+    k2 = (log pi - log pi_ref)^2 / 2 (Schulman 2020): on policy, the gradient of its mean is that of the KL itself.
+    alpha = 0 is the standard penalty: x ** 0 is 1 for every x, 0 too. The gradient flows through logp alone.
+    """
+    weight = certainty(ref_logits.detach()) ** alpha
+    return weight * (logp - ref_logp.detach()) ** 2 / 2

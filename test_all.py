@@ -1,0 +1,629 @@
+"""All tests.  Run: python test_all.py   (or: python test_all.py -k gae -v   or: pytest test_all.py)
+
+Each compares with an answer worked out by hand or by an independent route, never with a second copy of the code.
+"""
+import contextlib
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import analyze
+import data
+import kl
+import ppo
+import pretrain
+from model import GPT, GPTConfig, generate, split_actions
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CPU = torch.device("cpu")
+
+
+def tiny_model(seed=0, block_size=128, n_layer=2, n_embd=16, std=None):
+    """A model of 7,000 parameters. std: spread of random weights; larger than GPT-2's, so that outputs differ."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size=block_size, n_layer=n_layer, n_head=2, n_embd=n_embd)).eval()
+    if std:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(0, std)
+    return model
+
+
+def quiet(f, *args):
+    """Call f with its printing kept back -> (what it returned, what it printed)."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        result = f(*args)
+    return result, out.getvalue()
+
+
+class Data(unittest.TestCase):
+    WORKED = """Input:
+367+28
+Target:
+<scratch>
+[3,6,7] + [2,8] , A=[] , C=0 , 7+8+0=15 , A->5 , C->1
+[3,6] + [2] , A=[5] , C=1 , 6+2+1=9 , A->9 , C->0
+[3] + [] , A=[9,5] , C=0 , 3+0+0=3 , A->3 , C->0
+[] + [] , A=[3,9,5] C=0 , END
+</scratch>
+3 9 5
+"""
+
+    def test_scratchpad_of_the_paper(self):
+        self.assertEqual(data.prompt(367, 28) + data.answer(367, 28), self.WORKED)
+        self.assertTrue(data.prompt(367, 28).endswith("Target:"))
+
+    def test_final_carry_shows_only_in_the_result(self):
+        self.assertTrue(data.answer(99, 1).endswith("[] + [] , A=[0,0] C=1 , END\n</scratch>\n1 0 0\n"))
+
+    def test_lengths(self):
+        lengths = [118, 177, 242, 313, 390, 473, 562, 657, 758, 865]  # of the paper's format, for nines
+        self.assertEqual([data.max_length(n) for n in range(1, 11)], lengths)
+
+    def test_max_length_is_the_maximum(self):
+        self.assertEqual(max(len(data.prompt(a, b) + data.answer(a, b)) for a in range(100) for b in range(100)), 177)
+
+    def test_vocabulary_round_trip(self):
+        self.assertEqual(len(set(data.VOCAB)), len(data.VOCAB))
+        self.assertEqual(data.decode(data.encode(self.WORKED)), self.WORKED)
+        self.assertEqual(data.encode(data.VOCAB), list(range(len(data.VOCAB))))
+
+    def test_unknown_characters_and_ids_are_named(self):
+        with self.assertRaisesRegex(ValueError, "'é'"):
+            data.encode("1+é")
+        for bad in (-1, len(data.VOCAB)):
+            with self.assertRaisesRegex(ValueError, str(bad)):
+                data.decode([0, bad])
+
+    def test_grade(self):
+        right = self.WORKED
+        self.assertTrue(data.grade(right, 367, 28))
+        self.assertTrue(data.grade("</scratch>\n3 9 5\n", 367, 28))
+        self.assertTrue(data.grade(right + "4 0 0\n", 367, 28), "the episode ended before the second result")
+        self.assertTrue(data.grade("</scratch>\n0\n", 0, 0))
+        wrong = ["", "\n", "3 9 5\n", right[:-1], right[:-2], right.replace("3 9 5\n", "3 9 6\n"), right.replace("3 9 5\n", "3 9 5 \n"),
+                 right.replace("3 9 5\n", " 3 9 5\n"), right.replace("3 9 5\n", "395\n"), right.replace("3 9 5\n", "0 3 9 5\n"),
+                 right.replace("3 9 5\n", "\n3 9 5\n"), right.replace("3 9 5\n", "3 9 5\r\n"), right.replace("3 9 5\n", "٣ ٩ ٥\n"),
+                 right.replace("</scratch>\n3", "</scratch>3"), right.replace("</scratch>\n", "</scratch>\n4 0 0\n"),
+                 right.replace("</scratch>\n", "</scratch>\n</scratch>\n"), "</scratch>", "</scratch>\n", "\x00\ud800😀", "</scratch>\n3\u20289 5\n"]
+        for text in wrong:
+            self.assertFalse(data.grade(text, 367, 28), repr(text))
+
+    def test_grade_any_text(self):
+        rng = np.random.default_rng(0)
+        for _ in range(2000):  # the right text with random characters cut, doubled and put in
+            text = self.WORKED
+            for _ in range(rng.integers(1, 4)):
+                i = rng.integers(0, len(text) + 1)
+                text = text[:i] + "".join(chr(c) for c in rng.integers(0, 0x300, rng.integers(0, 3))) + text[i + rng.integers(0, 3) :]
+            self.assertIn(data.grade(text, 367, 28), (True, False))
+
+    def test_critical_positions_of_a_worked_example(self):
+        text, found = self.WORKED, data.critical_positions(367, 28, 2)
+        line1, line2, line3 = text.index("[3,6,7]"), text.index("[3,6] "), text.index("[3] ")
+        self.assertEqual(found, {(1, 1, "comma1"): line1 + 4, (1, 1, "digit1"): line1 + 5, (2, 1, "comma1"): line2 + 2,
+                                 (2, 1, "digit1"): line2 + 3, (3, 1, "digit1"): line3 + 1})
+        self.assertEqual([text[i] for i in found.values()].count(","), 2)
+
+    def test_critical_positions_two_digits_longer_and_second_operand(self):
+        text, found = data.prompt(5, 1234) + data.answer(5, 1234), data.critical_positions(5, 1234, 2)
+        at = text.index("[1,2,3,4]")
+        self.assertEqual({k: v - at for k, v in found.items() if k[0] == 1},
+                         {(1, 2, "digit1"): 7, (1, 2, "comma1"): 6, (1, 2, "digit2"): 5, (1, 2, "comma2"): 4})
+        self.assertTrue(all(operand == 2 for _, operand, _ in found))
+        self.assertEqual(text[found[2, 2, "digit1"]], "3")  # line 2 begins "[] + [1,2,3]"
+        self.assertEqual(data.critical_positions(12, 34, 2), {})
+        self.assertEqual(set(data.critical_positions(12, 3, 1)), {(1, 1, "comma1"), (1, 1, "digit1"), (2, 1, "digit1")})
+
+    def test_sample_pair(self):
+        rng, digits = np.random.default_rng(0), lambda pair: [len(str(x)) for x in pair]
+        many = {mode: [digits(data.sample_pair(rng, 3, mode, 2)) for _ in range(3000)] for mode in ("train", "identical", "varying", "rl")}
+        self.assertEqual({tuple(x) for x in many["train"]}, set(itertools.product((1, 2, 3), repeat=2)))
+        self.assertEqual({tuple(x) for x in many["identical"]}, {(3, 3)})
+        self.assertEqual({tuple(x) for x in many["varying"]}, {(3, m) for m in (1, 2, 3)} | {(m, 3) for m in (1, 2)})
+        self.assertEqual({max(x) for x in many["rl"]}, {5})
+        # rl: the other operand's length is 1, 2, 3 with probability 1/6 each, 4, 5 with 1/4 each; 5 sigma is 0.04
+        for length, share in ((1, 1 / 6), (2, 1 / 6), (3, 1 / 6), (4, 1 / 4), (5, 1 / 4)):
+            self.assertAlmostEqual(np.mean([min(x) == length for x in many["rl"]]), share, delta=0.04)
+        for length in (1, 2, 3):
+            self.assertAlmostEqual(np.mean([x[0] == length for x in many["train"]]), 1 / 3, delta=0.045)
+        self.assertAlmostEqual(np.mean([x[0] == 3 for x in many["varying"] if min(x) < 3]), 0.5, delta=0.06)
+        with self.assertRaisesRegex(ValueError, "mode 'test'"):
+            data.sample_pair(rng, 3, "test")
+
+    def test_training_never_draws_a_held_out_problem(self):
+        rng = np.random.default_rng(0)
+        for mode in ("train", "identical", "varying", "rl"):
+            for _ in range(500):
+                self.assertFalse(data.held_out(*data.sample_pair(rng, 1, mode)))
+                self.assertTrue(data.held_out(*data.sample_pair(rng, 1, mode, test=True)))
+
+
+def numpy_gpt2(weights, ids, n_head):
+    """GPT-2 in float64 numpy, written from its definition, a token at a time: ids (T,) -> logits (T, V)."""
+    w = {name: p.double().numpy() for name, p in weights.items()}
+
+    def norm(x, name):
+        return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return w[name + ".weight"] @ x + w[name + ".bias"]
+
+    xs = [w["transformer.wte.weight"][i] + w["transformer.wpe.weight"][t] for t, i in enumerate(ids)]
+    layer = 0
+    while f"transformer.h.{layer}.ln_1.weight" in w:
+        h = f"transformer.h.{layer}."
+        q, k, v = zip(*[np.split(linear(norm(x, h + "ln_1"), h + "attn.c_attn"), 3) for x in xs])
+        size, new = len(q[0]) // n_head, []
+        for t, x in enumerate(xs):
+            heads = []
+            for s in (slice(i * size, (i + 1) * size) for i in range(n_head)):
+                weight = np.exp([q[t][s] @ k[u][s] / math.sqrt(size) for u in range(t + 1)])
+                heads.append(sum(a * v[u][s] for u, a in enumerate(weight / weight.sum())))
+            x = x + linear(np.concatenate(heads), h + "attn.c_proj")
+            z = linear(norm(x, h + "ln_2"), h + "mlp.c_fc")
+            gelu = 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+            new.append(x + linear(gelu, h + "mlp.c_proj"))
+        xs, layer = new, layer + 1
+    return np.array([w["lm_head.weight"] @ norm(x, "transformer.ln_f") for x in xs])
+
+
+class Model(unittest.TestCase):
+    def setUp(self):
+        self.model = tiny_model(std=0.3)
+        rng = np.random.default_rng(0)
+        self.pairs = [(7, 5), (123, 4), (12345, 678), (0, 0), (99, 1)]
+        self.prompts = [data.encode(data.prompt(a, b)) for a, b in self.pairs]
+        self.ids = torch.from_numpy(rng.integers(0, 40, (3, 50)))
+
+    def test_logits_are_gpt2s(self):
+        logits, hidden = self.model(self.ids)
+        self.assertEqual((logits.shape, hidden.shape), ((3, 50, 40), (3, 50, 16)))
+        for row, got in zip(self.ids.tolist(), logits):
+            np.testing.assert_allclose(got.detach().numpy(), numpy_gpt2(self.model.state_dict(), row, n_head=2), atol=1e-4)
+
+    def test_another_librarys_gpt2(self):
+        try:
+            from transformers import GPT2Config, GPT2LMHeadModel
+        except ImportError:
+            self.skipTest("transformers is not installed; test_logits_are_gpt2s judges the same against numpy")
+        peer = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=128, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)).eval()
+        weights = {name: p.T if any(x in name for x in ("c_attn.weight", "c_proj.weight", "c_fc.weight")) else p  # its Conv1D is transposed
+                   for name, p in self.model.state_dict().items()}
+        peer.load_state_dict(weights)
+        with torch.no_grad():
+            torch.testing.assert_close(self.model(self.ids)[0], peer(self.ids).logits, atol=1e-4, rtol=0)
+            ids, lengths = generate(self.model, self.prompts[:1], 40, temperature=0)
+            prompt = torch.tensor(self.prompts[:1])
+            theirs = peer.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, pad_token_id=0)
+        self.assertEqual(ids[0, : lengths[0]].tolist(), theirs[0, : lengths[0]].tolist())
+
+    def test_causality(self):
+        logits, _ = self.model(self.ids)
+        changed = self.ids.clone()
+        changed[:, 30:] = (changed[:, 30:] + 1) % 40
+        again, _ = self.model(changed)
+        torch.testing.assert_close(again[:, :30], logits[:, :30], atol=1e-6, rtol=0)
+        self.assertGreater((again[:, 30:] - logits[:, 30:]).abs().max().item(), 0.1)
+
+    def test_cache_equals_no_cache(self):
+        B, T = self.ids.shape
+        with torch.no_grad():
+            whole, _ = self.model(self.ids)
+            cache = torch.zeros(2, 2, B, 2, T, 8)
+            steps = [self.model(self.ids[:, :7], cache=cache)[0]] + [self.model(self.ids[:, t : t + 1], cache=cache, start=t)[0] for t in range(7, T)]
+        torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=0)
+
+    def test_offset_moves_the_positions(self):
+        moved, _ = self.model(self.ids[:1, :20], offset=torch.tensor([50]))
+        with torch.no_grad():
+            self.model.transformer.wpe.weight[:20] = self.model.transformer.wpe.weight[50:70].clone()
+        torch.testing.assert_close(moved, self.model(self.ids[:1, :20])[0])
+
+    def test_both_attention_paths_agree(self):
+        """bfloat16 with gradients on a CPU goes by hand, float32 through the fused kernel: equal to bfloat16's 3 digits."""
+        model = tiny_model()
+        with torch.autocast("cpu", torch.bfloat16):
+            by_hand, _ = model(self.ids)
+        torch.testing.assert_close(by_hand.float(), model(self.ids)[0], atol=0.01, rtol=0)
+
+    def test_ragged_generation_equals_one_prompt_at_a_time(self):
+        ids, lengths = generate(self.model, self.prompts, 60, temperature=0)
+        for row, n, p in zip(ids, lengths, self.prompts):
+            text = list(p)
+            for _ in range(60):  # the slow way: the whole prefix again for each token, no cache
+                text.append(int(self.model(torch.tensor([text]))[0][0, -1].argmax()))
+                tail = text[len(p) :]
+                slash = tail.index(data.VOCAB.index("/")) if data.VOCAB.index("/") in tail else len(tail)
+                if tail[slash:].count(data.VOCAB.index("\n")) == 2:
+                    break
+            self.assertEqual(row[:n].tolist(), text)
+            self.assertFalse(row[n:].any())
+
+    def test_generation_ends_at_the_answers_last_line_break(self):
+        text = data.prompt(12, 34) + data.answer(12, 34)
+        truth = torch.tensor(data.encode(text + "0000"))
+
+        class Oracle(GPT):  # a model that writes the right answer and would go on
+            def forward(self, idx, cache=None, start=0):
+                return F.one_hot(truth[start + 1 : start + 1 + idx.shape[1]], 40).float().expand(len(idx), -1, -1) * 100, None
+
+        oracle = Oracle(GPTConfig(block_size=256, n_layer=1, n_head=1, n_embd=4))
+        prompts = [data.encode(data.prompt(12, 34))] * 2
+        for temperature in (0, 1.0):
+            ids, lengths = generate(oracle, prompts, 200, temperature, torch.Generator().manual_seed(0))
+            self.assertEqual([data.decode(row[:n]) for row, n in zip(ids, lengths)], [text, text])
+        ids, lengths = generate(oracle, prompts, 10, 0)
+        self.assertEqual(data.decode(ids[0, : lengths[0]]), text[: len(prompts[0]) + 10])
+
+    def test_sampling_has_the_softmax_probabilities(self):
+        model, prompt, temperature = self.model, self.prompts[0], 2.0
+        with torch.no_grad():
+            expected = (model(torch.tensor([prompt]))[0][0, -1] / temperature).softmax(-1)
+        ids, _ = generate(model, [prompt] * 20000, 1, temperature, torch.Generator().manual_seed(0))
+        share = torch.bincount(ids[:, len(prompt)], minlength=40) / 20000
+        torch.testing.assert_close(share, expected, atol=0.02, rtol=0)  # 5 sigma of a share of 20,000 is at most 0.018
+
+    def test_what_does_not_fit_the_block(self):
+        with self.assertRaisesRegex(ValueError, "block of 128"):
+            self.model(torch.zeros(1, 129, dtype=torch.long))
+        with self.assertRaisesRegex(ValueError, "no room"):
+            generate(self.model, [[0] * 128], 1)
+
+    def test_split_actions(self):
+        ids = torch.tensor([[5, 6, 7, 8, 0], [1, 2, 3, 4, 9]])
+        states, actions, mask = split_actions(ids, torch.tensor([2, 3]), torch.tensor([4, 5]))
+        self.assertEqual(states.tolist(), [[5, 6, 7, 8], [1, 2, 3, 4]])
+        self.assertEqual(actions.tolist(), [[6, 7, 8, 0], [2, 3, 4, 9]])
+        self.assertEqual(mask.tolist(), [[0, 1, 1, 0], [0, 0, 1, 1]])  # answers 7 8 and 4 9
+
+
+class KL(unittest.TestCase):
+    def test_certainty_by_hand(self):
+        self.assertTrue((kl.certainty(torch.full((2, 3, 40), 1.7)) == 0).all(), "uniform: exactly 0")
+        one_hot = torch.full((1, 1, 40), -torch.inf)
+        one_hot[..., 3] = 0
+        self.assertEqual(kl.certainty(one_hot).item(), 1.0)
+        coin = torch.tensor([[[0.0, 0.0, -torch.inf, -torch.inf]]])  # H = log 2, H_max = log 4
+        self.assertAlmostEqual(kl.certainty(coin).item(), 0.5, places=6)
+        p = torch.tensor([[[0.7, 0.2, 0.1]]])
+        by_hand = 1 + (0.7 * math.log(0.7) + 0.2 * math.log(0.2) + 0.1 * math.log(0.1)) / math.log(3)
+        self.assertAlmostEqual(kl.certainty(p.log()).item(), by_hand, places=6)
+
+    def test_prioritized_kl_by_hand(self):
+        coin = torch.tensor([[[0.0, 0.0, -torch.inf, -torch.inf]]])
+        got = kl.prioritized_kl(torch.tensor([[-1.0]]), torch.tensor([[-3.0]]), coin, alpha=3)
+        self.assertAlmostEqual(got.item(), 0.5**3 * 2.0, places=5)
+
+    def test_alpha_0_is_the_standard_penalty_to_the_last_bit(self):
+        torch.manual_seed(0)
+        logp, ref_logp, ref_logits = -torch.rand(2, 5), -torch.rand(2, 5), torch.randn(2, 5, 40)
+        ref_logits[0, 0] = 0  # certainty 0: 0 ** 0 is 1
+        self.assertTrue(torch.equal(kl.prioritized_kl(logp, ref_logp, ref_logits, 0.0), (logp - ref_logp) ** 2 / 2))
+
+    def test_no_gradient_reaches_the_reference(self):
+        logp, ref_logp, ref_logits = (torch.randn(2, 5, requires_grad=True), torch.randn(2, 5, requires_grad=True),
+                                      torch.randn(2, 5, 40, requires_grad=True))
+        kl.prioritized_kl(logp, ref_logp, ref_logits, 2.0).sum().backward()
+        self.assertIsNone(ref_logp.grad)
+        self.assertIsNone(ref_logits.grad)
+        self.assertGreater(logp.grad.abs().sum().item(), 0)
+
+    def test_k2s_gradient_is_the_kls_and_k1s_is_zero(self):
+        """Expectations over all V actions, enumerated, of the gradient of each estimator as a loss."""
+        torch.manual_seed(0)
+        logits, ref = torch.randn(40, dtype=torch.double, requires_grad=True), torch.randn(40, dtype=torch.double)
+        logp, ref_logp = logits.log_softmax(0), ref.log_softmax(0)
+
+        def gradient(loss):
+            return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+        exact = gradient((logp.exp() * (logp - ref_logp)).sum())
+        k2 = kl.prioritized_kl(logp[None], ref_logp[None], ref.expand(1, 40, 40), alpha=0)[0]
+        torch.testing.assert_close(gradient((logp.exp().detach() * k2).sum()), exact)
+        torch.testing.assert_close(gradient((logp.exp().detach() * (logp - ref_logp)).sum()), torch.zeros(40, dtype=torch.double))
+        self.assertGreater(exact.abs().max().item(), 0.01)
+
+
+class PPO(unittest.TestCase):
+    def setUp(self):
+        self.args = ppo.parse_args(["--minibatches", "1", "--kl_coef", "0.5", "--alpha", "2", "--temperature", "1.5"])
+        self.pairs = [(1, 2), (34, 5), (6, 78), (90, 12), (3, 3), (8, 99), (5, 5), (44, 1), (7, 0), (16, 61)]
+        self.reference = tiny_model(std=0.25, block_size=48)
+        self.policy = tiny_model(std=0.25, block_size=48)
+        torch.manual_seed(1)
+        self.value_head = ppo.ValueHead(16)
+
+    def rollout(self):
+        batch, tokens = ppo.rollout(self.policy, self.value_head, self.reference, self.pairs, self.args, seed=0)
+        self.assertEqual(tokens, int(batch["mask"].sum()))
+        # A random model never adds: give it rewards, so that there is something to learn.
+        rewards = torch.zeros_like(batch["mask"])
+        rewards[torch.arange(10), batch["mask"].cumsum(1).argmax(1)] = torch.arange(10) % 2 * 1.0
+        batch["advantages"] = ppo.gae(rewards, batch["values"], batch["mask"], 1.0, 1.0)
+        return batch
+
+    def sgd(self):
+        return torch.optim.SGD(self.policy.parameters(), lr=0.0)  # its gradients stay behind to be looked at
+
+    def test_gae_by_hand(self):
+        ones = torch.ones(1, 2)
+        self.assertEqual(ppo.gae(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), ones, 1.0, 1.0).tolist(), [[1.0, 1.0]])
+        # gamma 1/2, lambda 1/2: delta_1 = 1 - 4 = -3; delta_0 = 0 + 2 - 2 = 0; A_0 = 0 - 3/4
+        self.assertEqual(ppo.gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 4.0]]), ones, 0.5, 0.5).tolist(), [[-0.75, -3.0]])
+        # lambda 1, gamma 1: return minus value; prompt before and padding after have advantage 0 and are never looked at
+        got = ppo.gae(torch.tensor([[0.0, 0.0, 1.0, 0.0]]), torch.tensor([[9.0, 0.25, 0.5, 7.0]]), torch.tensor([[0.0, 1.0, 1.0, 0.0]]), 1.0, 1.0)
+        self.assertEqual(got.tolist(), [[0.0, 0.75, 0.5, 0.0]])
+
+    def test_ppo_loss_by_hand(self):
+        ratio = torch.tensor([[1.0, 1.5, 1.5, 0.5, 0.5, 3.0]])
+        advantages = torch.tensor([[1.0, 1.0, -1.0, 1.0, -1.0, 100.0]])
+        mask = torch.tensor([[1.0, 1.0, 1.0, 1.0, 1.0, 0.0]])
+        # min(ratio A, clip(ratio) A) = 1, 1.2, -1.5, 0.5, -0.8; the last is masked; their mean is 0.08
+        self.assertAlmostEqual(ppo.ppo_loss(ratio.log(), torch.zeros(1, 6), advantages, mask, 0.2).item(), -0.08, places=6)
+
+    def test_explained_variance(self):
+        returns, mask = torch.tensor([[0.0, 1.0, 5.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+        self.assertEqual(ppo.explained_variance(returns, returns.clone(), mask).item(), 1.0)
+        self.assertEqual(ppo.explained_variance(returns, torch.full((1, 3), 0.3), mask).item(), 0.0)
+        self.assertTrue(ppo.explained_variance(torch.ones(1, 3), returns, mask).isnan())
+
+    def test_ratio_is_1_at_the_first_minibatch(self):
+        batch = self.rollout()
+        logits, _ = ppo.logits_of(self.policy, batch["states"], self.args.temperature)
+        ratio = (ppo.token_logp(logits, batch["actions"]) - batch["old_logp"]).exp()
+        self.assertLess(((ratio - 1) * batch["mask"]).abs().max().item(), 1e-5)
+        stats = ppo.update(self.policy, self.value_head, self.sgd(), batch, self.args, torch.Generator().manual_seed(0))
+        self.assertEqual(stats["clip_fraction"], 0.0)
+        self.assertLess(abs(stats["kl"]), 1e-5, "the policy is still the reference")
+
+    def test_one_temperature(self):
+        """The log-probabilities are those of the distribution that sampled: full forward, divided by the temperature."""
+        batch = self.rollout()
+        with torch.no_grad(), ppo.autocast(CPU):
+            expected = (self.policy(batch["states"])[0].float() / 1.5).log_softmax(-1).gather(-1, batch["actions"][..., None])[..., 0]
+        torch.testing.assert_close(batch["old_logp"], expected)
+        torch.testing.assert_close(batch["ref_logp"], expected)
+
+    def test_one_epoch_of_one_minibatch_is_a2c(self):
+        batch = self.rollout()
+        with torch.no_grad():
+            for p in self.policy.parameters():  # away from the reference, so that the KL penalty has a gradient
+                p += 0.01 * torch.randn_like(p)
+        batch["old_logp"] = ppo.token_logp(ppo.logits_of(self.policy, batch["states"], 1.5)[0], batch["actions"]).detach()
+        ppo.update(self.policy, self.value_head, self.sgd(), batch, self.args, torch.Generator().manual_seed(0))
+        updated = [p.grad.clone() for p in self.policy.parameters()]
+
+        # A2C, written out: -A log pi + kl_coef J^alpha (log pi - log ref)^2 / 2 - entropy_coef H, over all answer tokens at once.
+        chosen = batch["mask"] > 0
+        a = batch["advantages"][chosen]
+        a = (a - a.mean()) / max(a.std(correction=0).item(), 0.1)
+        dist = torch.distributions.Categorical(logits=ppo.logits_of(self.policy, batch["states"], 1.5)[0][chosen])
+        logp = dist.log_prob(batch["actions"][chosen])
+        weight = (1 - torch.distributions.Categorical(logits=batch["ref_logits"][chosen]).entropy() / math.log(40)) ** 2
+        loss = -a * logp + 0.5 * weight * (logp - batch["ref_logp"][chosen]) ** 2 / 2 - 0.0005 * dist.entropy()
+        expected = torch.autograd.grad(loss.mean(), self.policy.parameters())
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+        norm = torch.stack([g.norm() for g in expected]).norm()
+        for got, g in zip(updated, expected):  # 1% for bfloat16 and the order of summation
+            torch.testing.assert_close(got, g * min(1.0, 1 / norm), atol=0.01 * min(1.0, norm.item()), rtol=0)
+        self.assertGreater(norm.item(), 0.01)
+
+    def test_padding_changes_nothing(self):
+        batch = self.rollout()
+        means = []
+        for extra in (0, 5):  # the same batch, then with five more columns of rubbish beyond every answer
+            padded = {name: x if x.dim() == 1 else torch.cat([x, torch.ones_like(x[:, :extra]) * (0 if name == "mask" else 3)], 1) for name, x in batch.items()}
+            policy = tiny_model(std=0.25, block_size=60)
+            policy.load_state_dict({name: F.pad(p, (0, 0, 0, 12)) if "wpe" in name else p for name, p in self.policy.state_dict().items()})
+            optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+            stats = ppo.update(policy, self.value_head, optimizer, padded, self.args, torch.Generator().manual_seed(0))
+            means.append(list(stats.values()) + [policy.transformer.h[0].mlp.c_fc.weight.sum().item()])
+        np.testing.assert_allclose(means[0], means[1], rtol=2e-3, atol=2e-3)
+
+    def test_gradient_does_not_depend_on_slices(self):
+        batch, gradients = self.rollout(), []
+        slices = ppo.slices
+        for size in (1, 3, 100):
+            ppo.slices = lambda n, device: torch.arange(n).split(size)
+            ppo.update(self.policy, self.value_head, self.sgd(), batch, self.args, torch.Generator().manual_seed(0))
+            gradients.append(torch.cat([p.grad.flatten() for p in self.policy.parameters()]))
+        ppo.slices = slices
+        for g in gradients[1:]:
+            torch.testing.assert_close(g, gradients[0], atol=0.01 * gradients[0].norm().item(), rtol=0)
+
+    def test_critic_leaves_the_policy_alone(self):
+        batch, args = self.rollout(), ppo.parse_args(["--kl_coef", "0", "--entropy_coef", "0", "--minibatches", "1"])
+        batch["returns"], batch["advantages"] = torch.full_like(batch["returns"], 50.0), torch.zeros_like(batch["advantages"])
+        self.value_head.zero_grad()
+        ppo.update(self.policy, self.value_head, self.sgd(), batch, args, torch.Generator().manual_seed(0))
+        self.assertEqual(sum(p.grad.abs().sum().item() for p in self.policy.parameters()), 0.0)
+        self.assertGreater(self.value_head[0].weight.grad.abs().sum().item(), 0.0)
+
+    def test_critical_tokens(self):
+        """By hand for one problem, 12+3 with N = 1: line 1 has one comma, in operand 1."""
+        found = ppo.critical_tokens(tiny_model(std=0.25, block_size=192), [(12, 3)], 1, 1.0)
+        text = data.prompt(12, 3) + data.answer(12, 3)
+        with torch.no_grad():
+            logits = tiny_model(std=0.25, block_size=192)(torch.tensor([data.encode(text)]))[0][0]
+        at = text.index("[1,2]") + 2
+        self.assertAlmostEqual(found["p_l1o1"], logits[at - 1].softmax(-1)[data.VOCAB.index(",")].item(), delta=0.01)
+        p = [logits[i - 1].softmax(-1)[data.encode(text[i])[0]].item() for i in (at, at + 1, text.index("[1] ") + 1)]
+        self.assertAlmostEqual(found["p_critical"], sum(p) / 3, delta=0.01)
+        self.assertTrue(math.isnan(found["p_l1o2"]))
+
+
+class Analyze(unittest.TestCase):
+    def test_first_error_and_where(self):
+        right = Data.WORKED
+        self.assertIsNone(data.first_error(right, 367, 28))
+        self.assertEqual(data.first_error(right[:50], 367, 28), 50)
+        wrong = right.replace("[2,8]", "[2,2]")
+        self.assertEqual(data.first_error(wrong, 367, 28), right.index("8] , A"))
+        for part, where in (("nput", "prompt"), ("scratch", "tag"), ("8] , A", "line 1, operand 2"), ("3,6,7", "line 1, operand 1"),
+                            ("15 , A", "line 1, sum"), ("6] + [2]", "line 2, operand 1"), ("[] + []", "line 4, operand 1"),
+                            ("</scr", "tag"), ("3 9 5", "result")):
+            self.assertEqual(data.place(367, 28, right.index(part)), where)
+        self.assertEqual(data.describe_error(wrong, 367, 28), "line 1, operand 2: wrote '2' for '8'")
+        self.assertEqual(data.describe_error(right[:-1], 367, 28), "result: wrote '' for '\\n'")
+        self.assertEqual(data.describe_error(right, 367, 28), "no error")
+
+    def test_table_1_by_hand(self):
+        text = Data.WORKED
+        sure = np.ones(len(text))
+        critical = data.critical_positions(367, 28, 2)
+        for i in critical.values():
+            sure[i] = 0.5
+        n = len(text) - len(data.prompt(367, 28))
+        rows = analyze.table_1([text], [(367, 28)], [sure], 2)
+        self.assertAlmostEqual(rows["critical (mean)"][0], 0.5 - (n - 5 + 4 * 0.5) / (n - 1))  # four others are critical as well
+        self.assertAlmostEqual(rows["non-critical (mean)"][0], 1 - (n - 6 + 5 * 0.5) / (n - 1))
+
+    def test_groups_and_labels(self):
+        runs = [(dict(alpha=a, seed=s, lr=1), {"x": a}) for a in (0, 3) for s in (0, 1)]
+        self.assertEqual({k: len(v) for k, v in analyze.group_runs(runs).items()}, {"alpha 0": 2, "alpha 3": 2})
+
+    def test_bootstrap(self):
+        mean, low, high = pretrain.bootstrap(np.arange(100) < 30)
+        self.assertEqual(mean, 0.3)
+        self.assertAlmostEqual(low, 0.3 - 1.96 * math.sqrt(0.21 / 100), delta=0.02)  # the normal approximation
+        self.assertAlmostEqual(high, 0.3 + 1.96 * math.sqrt(0.21 / 100), delta=0.02)
+
+
+class Scripts(unittest.TestCase):
+    """The scripts as a user calls them: what goes wrong, and one run that learns."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+
+    def save(self, path="model.pt", digits=1, **config):
+        pretrain.save_checkpoint(path, tiny_model(**config), digits=digits)
+        return path
+
+    def fails(self, script, argv, *words):
+        with self.assertRaises(pretrain.UserError) as caught:
+            quiet(script.main, argv)
+        message = str(caught.exception)
+        for word in words:
+            self.assertIn(word, message)
+        self.assertNotIn("\n", message)
+
+    def test_settings_that_cannot_work(self):
+        self.fails(pretrain, ["--digits", "0"], "--digits 0")
+        self.fails(pretrain, ["--digits", "-3"], "--digits -3")
+        self.fails(pretrain, ["--digits", "9", "--block_size", "400"], "--block_size 758")
+        self.fails(pretrain, ["--device", "abacus"], "abacus", "--device cpu")
+        for name, bad in (("alpha", "-1"), ("alpha", "nan"), ("alpha", "inf"), ("kl_coef", "-1"), ("kl_coef", "nan"), ("temperature", "0"), ("lr", "nan"), ("clip", "0"),
+                          ("gamma", "1.1"), ("gae_lambda", "-0.1"), ("digits", "0"), ("extra_digits", "0"), ("episodes", "0"), ("minibatches", "65"), ("epochs", "0"),
+                          ("iterations", "-1"), ("eval_every", "0"), ("eval_problems", "0")):
+            self.fails(ppo, [f"--{name}", bad], f"--{name}")
+        for name, bad in (("steps", "0"), ("batch_size", "0"), ("lr", "nan"), ("lr", "-1"), ("warmup", "0"), ("eval_problems", "0")):
+            self.fails(pretrain, [f"--{name}", bad], f"--{name}")
+        self.assertEqual(os.listdir(), [], "nothing was written")
+
+    def test_checkpoints_that_do_not_fit(self):
+        path = self.save(block_size=192)
+        self.fails(ppo, ["--checkpoint", "nowhere.pt"], "nowhere.pt", "pretrain.py")
+        self.fails(ppo, ["--checkpoint", path, "--digits", "2"], "--digits 1")
+        self.fails(ppo, ["--checkpoint", path, "--digits", "1", "--extra_digits", "2"], "--block_size 242")
+        self.fails(analyze, ["tokens", path, "--extra_digits", "2"], "block of 242")
+        self.fails(analyze, ["curves", "nowhere"], "nowhere")
+        good = open(path, "rb").read()
+        for cut in (0, 1, 100, len(good) // 2, len(good) - 1):
+            with open("cut.pt", "wb") as f:
+                f.write(good[:cut])
+            self.fails(ppo, ["--checkpoint", "cut.pt", "--digits", "1"], "cut.pt", "pretrain.py")
+        for foreign in ([1, 2, 3], {"model": {}}, torch.zeros(3), {"vocab": data.VOCAB, "config": {"width": 3}, "model": {}}, {"vocab": "abc"}):
+            torch.save(foreign, "foreign.pt")
+            self.fails(ppo, ["--checkpoint", "foreign.pt", "--digits", "1"], "foreign.pt")
+        with open("text.pt", "w") as f:
+            f.write("not a checkpoint at all")
+        self.fails(analyze, ["tokens", "text.pt"], "text.pt")
+
+    def test_a_pickle_that_would_run_code_is_refused(self):
+        class Malicious:
+            def __reduce__(self):
+                return os.mkdir, ("owned",)
+
+        torch.save({"vocab": data.VOCAB, "config": Malicious()}, "malicious.pt")
+        self.fails(analyze, ["tokens", "malicious.pt"], "malicious.pt")
+        self.assertFalse(os.path.exists("owned"))
+
+    def test_unwritable_output(self):
+        with open("file", "w") as f:
+            f.write("in the way")
+        path = self.save(block_size=192)
+        self.fails(pretrain, ["--out", "file/run"], "file/run", "--out")
+        self.fails(ppo, ["--checkpoint", path, "--digits", "1", "--out", "file/run"], "--out")
+        self.assertEqual(open("file").read(), "in the way")
+
+    def test_exit_code_2_and_one_line(self):
+        for script, argv in (("ppo.py", ["--alpha", "nan"]), ("pretrain.py", ["--digits", "0"]), ("analyze.py", ["tokens", "nowhere.pt"])):
+            done = subprocess.run([sys.executable, os.path.join(HERE, script), *argv], capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (2, "", 1), done.stderr)
+            self.assertTrue(done.stderr.startswith(f"{script}: error: "))
+
+    def test_checkpoint_round_trip(self):
+        path = self.save(block_size=192, std=0.3)
+        model, facts = pretrain.load_checkpoint(path, CPU)
+        self.assertEqual(facts["digits"], 1)
+        for name, p in tiny_model(block_size=192, std=0.3).state_dict().items():
+            self.assertTrue(torch.equal(p, model.state_dict()[name]), name)
+        self.assertEqual(os.listdir(), [path])
+
+    def test_same_seed_same_run(self):
+        argv = ["--digits", "1", "--steps", "4", "--batch_size", "2", "--eval_problems", "4", "--device", "cpu"]
+        rows = []
+        for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+            quiet(pretrain.main, argv + ["--seed", seed, "--out", name])
+            quiet(ppo.main, ["--digits", "1", "--checkpoint", f"{name}/model.pt", "--iterations", "2", "--episodes", "4", "--eval_problems", "4", "--eval_every", "1",
+                             "--device", "cpu", "--out", name + "2"])
+            with open(name + "2/log.csv", newline="") as f:
+                log = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in csv.DictReader(f)]
+            rows.append((log, [p.tolist() for p in pretrain.load_checkpoint(name + "2/model.pt", CPU)[0].state_dict().values()]))
+            self.assertEqual([int(row["iteration"]) for row in log], [0, 1, 2])
+            self.assertEqual(list(log[0]), [c for c in ppo.COLUMNS if c not in ("seconds", "tokens_per_s")])
+        self.assertEqual(rows[0], rows[1])
+        self.assertNotEqual(rows[0], rows[2])
+
+    def test_learning_rate(self):
+        rates = [pretrain.learning_rate(step, 100, 1.0, 10) for step in range(100)]
+        np.testing.assert_allclose([rates[0], rates[9], rates[59], rates[60], rates[80], rates[99]], [0.1, 1.0, 1.0, 1.0, 0.5, 0.025])
+
+    def test_end_to_end(self):
+        """Pre-training that really learns 1-digit addition, then PPO on 2 digits, then the figures of both."""
+        table, printed = quiet(pretrain.main, ["--digits", "1", "--steps", "500", "--batch_size", "8", "--lr", "0.003", "--eval_problems", "100", "--device", "cpu"])
+        self.assertGreaterEqual(table["identical", 1][0], 0.9)
+        self.assertIn("identical", printed)
+        (before, after), printed = quiet(ppo.main, ["--digits", "1", "--iterations", "3", "--episodes", "16", "--eval_problems", "20", "--eval_every", "2", "--device", "cpu"])
+        self.assertGreaterEqual(after["identical", 1][0], 0.8)
+        self.assertEqual(set(before), {(mode, length) for mode in ("identical", "varying") for length in (1, 2)})
+        run = "out/ppo_alpha3_digits1_iterations3_episodes16_eval_every2_eval_problems20_seed0"
+        with open(run + "/settings.json") as f:
+            self.assertEqual(json.load(f)["alpha"], 3)
+        _, printed = quiet(analyze.main, ["tokens", "out/pretrain_n1_small_seed0/model.pt", "--problems", "5", "--device", "cpu"])
+        self.assertIn("Table 1", printed)
+        quiet(analyze.main, ["curves", run])
+        quiet(analyze.main, ["curves", "out/pretrain_n1_small_seed0"])
+        self.assertEqual(sorted(os.listdir("out/figures")), ["curves.png", "tokens.png"])
+
+
+if __name__ == "__main__":
+    unittest.main()
