@@ -348,8 +348,7 @@ class PPO(unittest.TestCase):
         self.value_head = ppo.ValueHead(16)
 
     def rollout(self):
-        batch, tokens = ppo.rollout(self.policy, self.value_head, self.reference, self.pairs, self.args, seed=0)
-        self.assertEqual(tokens, int(batch["mask"].sum()))
+        batch = ppo.rollout(self.policy, self.value_head, self.reference, self.pairs, self.args, seed=0)
         # A random model never adds: give it rewards, so that there is something to learn.
         rewards = torch.zeros_like(batch["mask"])
         rewards[torch.arange(10), batch["mask"].cumsum(1).argmax(1)] = torch.arange(10) % 2 * 1.0
@@ -383,7 +382,7 @@ class PPO(unittest.TestCase):
 
     def test_ratio_is_1_at_the_first_minibatch(self):
         batch = self.rollout()
-        logits, _ = ppo.logits_of(self.policy, batch["states"], self.args.temperature)
+        logits, _ = ppo.tempered(self.policy, batch["states"], self.args.temperature)
         ratio = (ppo.token_logp(logits, batch["actions"]) - batch["old_logp"]).exp()
         self.assertLess(((ratio - 1) * batch["mask"]).abs().max().item(), 1e-5)
         stats = ppo.update(self.policy, self.value_head, self.sgd(), batch, self.args, torch.Generator().manual_seed(0))
@@ -403,7 +402,7 @@ class PPO(unittest.TestCase):
         with torch.no_grad():
             for p in self.policy.parameters():  # away from the reference, so that the KL penalty has a gradient
                 p += 0.01 * torch.randn_like(p)
-        batch["old_logp"] = ppo.token_logp(ppo.logits_of(self.policy, batch["states"], 1.5)[0], batch["actions"]).detach()
+        batch["old_logp"] = ppo.token_logp(ppo.tempered(self.policy, batch["states"], 1.5)[0], batch["actions"]).detach()
         ppo.update(self.policy, self.value_head, self.sgd(), batch, self.args, torch.Generator().manual_seed(0))
         updated = [p.grad.clone() for p in self.policy.parameters()]
 
@@ -411,7 +410,7 @@ class PPO(unittest.TestCase):
         chosen = batch["mask"] > 0
         a = batch["advantages"][chosen]
         a = (a - a.mean()) / max(a.std(correction=0).item(), 0.1)
-        dist = torch.distributions.Categorical(logits=ppo.logits_of(self.policy, batch["states"], 1.5)[0][chosen])
+        dist = torch.distributions.Categorical(logits=ppo.tempered(self.policy, batch["states"], 1.5)[0][chosen])
         logp = dist.log_prob(batch["actions"][chosen])
         weight = (1 - torch.distributions.Categorical(logits=batch["ref_logits"][chosen]).entropy() / math.log(40)) ** 2
         loss = -a * logp + 0.5 * weight * (logp - batch["ref_logp"][chosen]) ** 2 / 2 - 0.0005 * dist.entropy()
@@ -532,7 +531,7 @@ class Scripts(unittest.TestCase):
         self.fails(pretrain, ["--device", "abacus"], "abacus", "--device cpu")
         for name, bad in (("alpha", "-1"), ("alpha", "nan"), ("alpha", "inf"), ("kl_coef", "-1"), ("kl_coef", "nan"), ("temperature", "0"), ("lr", "nan"), ("clip", "0"),
                           ("gamma", "1.1"), ("gae_lambda", "-0.1"), ("digits", "0"), ("extra_digits", "0"), ("episodes", "0"), ("minibatches", "65"), ("epochs", "0"),
-                          ("iterations", "-1"), ("eval_every", "0"), ("eval_problems", "0")):
+                          ("iterations", "-1"), ("eval_every", "0"), ("eval_problems", "0"), ("final_problems", "0")):
             self.fails(ppo, [f"--{name}", bad], f"--{name}")
         for name, bad in (("steps", "0"), ("batch_size", "0"), ("lr", "nan"), ("lr", "-1"), ("warmup", "0"), ("eval_problems", "0")):
             self.fails(pretrain, [f"--{name}", bad], f"--{name}")
@@ -593,7 +592,7 @@ class Scripts(unittest.TestCase):
         rows = []
         for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
             quiet(pretrain.main, argv + ["--seed", seed, "--out", name])
-            quiet(ppo.main, ["--digits", "1", "--checkpoint", f"{name}/model.pt", "--iterations", "2", "--episodes", "4", "--eval_problems", "4", "--eval_every", "1",
+            quiet(ppo.main, ["--digits", "1", "--checkpoint", f"{name}/model.pt", "--iterations", "2", "--episodes", "4", "--eval_problems", "4", "--final_problems", "4", "--eval_every", "1",
                              "--device", "cpu", "--out", name + "2"])
             with open(name + "2/log.csv", newline="") as f:
                 log = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in csv.DictReader(f)]
@@ -612,10 +611,10 @@ class Scripts(unittest.TestCase):
         table, printed = quiet(pretrain.main, ["--digits", "1", "--steps", "500", "--batch_size", "8", "--lr", "0.003", "--eval_problems", "100", "--device", "cpu"])
         self.assertGreaterEqual(table["identical", 1][0], 0.9)
         self.assertIn("identical", printed)
-        (before, after), printed = quiet(ppo.main, ["--digits", "1", "--iterations", "3", "--episodes", "16", "--eval_problems", "20", "--eval_every", "2", "--device", "cpu"])
+        (before, after), printed = quiet(ppo.main, ["--digits", "1", "--iterations", "3", "--episodes", "16", "--eval_problems", "8", "--final_problems", "50", "--eval_every", "2", "--device", "cpu"])
         self.assertGreaterEqual(after["identical", 1][0], 0.8)
         self.assertEqual(set(before), {(mode, length) for mode in ("identical", "varying") for length in (1, 2)})
-        run = "out/ppo_alpha3_digits1_iterations3_episodes16_eval_every2_eval_problems20_seed0"
+        run = "out/ppo_alpha3_digits1_iterations3_episodes16_eval_every2_eval_problems8_final_problems50_seed0"
         with open(run + "/settings.json") as f:
             self.assertEqual(json.load(f)["alpha"], 3)
         _, printed = quiet(analyze.main, ["tokens", "out/pretrain_n1_small_seed0/model.pt", "--problems", "5", "--device", "cpu"])
