@@ -37,10 +37,10 @@ def save_figure(figure, folder, name):
 
 # --------------------------------------------------------------------------- tokens: Figure 5, Table 1
 @torch.no_grad()
-def token_certainty(model, text):
-    """Certainty (len(text),) of the distribution that each character was chosen from; nan at the first."""
+def token_certainty(model, text, prompt_len):
+    """Certainty (len(text),) of the distribution that each of the answer's characters was chosen from; 1 in the prompt."""
     logits, _ = model(torch.tensor([data.encode(text[:-1])], device=model.lm_head.weight.device))
-    return np.concatenate([[np.nan], certainty(logits)[0].cpu().numpy()])
+    return np.concatenate([np.ones(prompt_len), certainty(logits)[0, prompt_len - 1 :].cpu().numpy()])
 
 
 def table_1(texts, pairs, certainties, n_digits):
@@ -115,7 +115,7 @@ def tokens(args):
         raise UserError(f"{long} digits need a block of {data.max_length(long)}, {args.checkpoint} has {model.config.block_size}")
     pairs = sample_problems(args.problems, long, "varying", args.seed)
     correct, texts = solve(model, pairs, args.temperature, args.seed)
-    certainties = [token_certainty(model, text) for text in texts]
+    certainties = [token_certainty(model, text, len(data.prompt(a, b))) for text, (a, b) in zip(texts, pairs)]
 
     order = np.argsort(correct, kind="stable")[: args.show]  # failures first: they show the most
     titles = [f"{pairs[i][0]}+{pairs[i][1]}: {'right' if correct[i] else 'wrong'}" for i in order]

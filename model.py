@@ -84,17 +84,20 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # GPT-2 ties input and output embeddings
-        # GPT-2's initialization: weights N(0, 0.02), biases 0, projections into the residual stream scaled down.
+        # GPT-2's initialization, weights N(0, 0.02), biases 0, projections into the residual stream scaled down, with
+        # 0.02 scaled from GPT-2's width of 768 to ours.
+        std = 0.02 * (768 / config.n_embd) ** 0.5
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5)
+                nn.init.normal_(p, std=std / (2 * config.n_layer) ** 0.5)
             elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         # Except that the learned positions start as sinusoids (Vaswani et al. 2017): near positions look alike, so that
         # "the same place, one line up" is found in fewer steps.
-        angle = torch.arange(config.block_size)[:, None] * 10000 ** (-torch.arange(0, config.n_embd, 2) / config.n_embd)
+        frequency = config.block_size ** (-torch.arange(0, config.n_embd, 2) / config.n_embd)
+        angle = torch.arange(config.block_size)[:, None] * frequency
         with torch.no_grad():
             self.transformer.wpe.weight.copy_(0.1 * torch.cat([angle.sin(), angle.cos()], 1))
 

@@ -24,7 +24,7 @@ import data
 import pretrain
 from kl import certainty, prioritized_kl
 from model import PRESETS, generate, split_actions
-from pretrain import UserError, answer_loss, autocast, bootstrap, require, sample_problems, solve, to_batch
+from pretrain import UserError, answer_loss, autocast, bootstrap, require, sample_problems, solve, to_batch, to_sample
 
 
 # --------------------------------------------------------------------------- the algorithm, as pure functions
@@ -89,7 +89,7 @@ def tempered(model, states, temperature):
 
 def slices(n, device):
     """Indices 0..n-1 in slices that fit a CPU's cache or a GPU's memory. Gradients are summed over the slices."""
-    return torch.arange(n).split(8 if device.type == "cpu" else 64)
+    return torch.arange(n, device=device).split(8 if device.type == "cpu" else 64)
 
 
 @torch.no_grad()
@@ -99,14 +99,14 @@ def rollout(policy, value_head, reference, pairs, args, seed):
     # 1. Sample an answer to each problem.
     prompts = [data.encode(data.prompt(a, b)) for a, b in pairs]
     generator = torch.Generator(device).manual_seed(seed)
-    ids, lengths = generate(policy, prompts, policy.config.block_size, args.temperature, generator)
+    ids, lengths = generate(to_sample(policy), prompts, policy.config.block_size, args.temperature, generator)
     states, actions, mask = split_actions(ids, torch.tensor([len(p) for p in prompts], device=device), lengths)
 
     # 2. Grade it: the reward of 1 or 0 comes with the last action.
     texts = [data.decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
     success = torch.tensor([float(data.grade(text, a, b)) for text, (a, b) in zip(texts, pairs)], device=device)  # (B,)
     rewards = torch.zeros_like(mask)
-    rewards[torch.arange(len(pairs)), lengths - 2] = success  # token i is action i - 1, and the last is lengths - 1
+    rewards[torch.arange(len(pairs), device=device), lengths - 2] = success  # token i is action i - 1, and the last is lengths - 1
 
     # 3. Score it under the reference and the policy, as they are before the update.
     scores = []
@@ -135,7 +135,7 @@ def update(policy, value_head, optimizer, batch, args, generator):
     batch = batch | dict(advantages=(advantages - mean) / std.clamp(min=0.1))
     totals = {}
     for _ in range(args.epochs):
-        for rows in torch.randperm(len(mask), generator=generator).tensor_split(args.minibatches):
+        for rows in torch.randperm(len(mask), generator=generator).to(mask.device).tensor_split(args.minibatches):
             optimizer.zero_grad()
             for part in slices(len(rows), mask.device):
                 b = {name: x[rows[part]] for name, x in batch.items()}
