@@ -185,13 +185,13 @@ def to_batch(pairs, device):
 def pretrain_batches(n_digits, batch_size, block_size, seed, device):
     """Endless batches (ids, prompt_len, lengths, offset) of worked problems of like length.
 
-    64 batches' problems are drawn at once, sorted by length, cut into batches and shuffled: so hardly anything is
+    64 batches' problems are drawn at once, sorted by the number of lines, cut into batches and shuffled: so little is
     padding. offset (B,) is the row's random place in the block: a row starts anywhere, so all positions are trained.
     """
     rng = np.random.default_rng([seed, 0])
     while True:
         pool = [data.sample_pair(rng, n_digits, "train") for _ in range(64 * batch_size)]
-        pool.sort(key=lambda pair: (max(pair), min(pair)))
+        pool.sort(key=lambda pair: len(str(max(pair))))
         for i in rng.permutation(64):
             ids, prompt_len, lengths = to_batch(pool[i * batch_size : (i + 1) * batch_size], device)
             offset = torch.from_numpy(rng.integers(0, block_size - ids.shape[1] + 1, len(ids))).to(device)
@@ -208,8 +208,8 @@ def answer_loss(model, ids, prompt_len, lengths, offset=None):
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up, then constant, then linear decay to 0 over the last 40% of the steps."""
-    return peak * min((step + 1) / warmup, 1.0, (steps - step) / (0.4 * steps))
+    """Linear warm-up, then constant, then linear decay to 0 over the last 80% of the steps."""
+    return peak * min((step + 1) / warmup, 1.0, (steps - step) / (0.8 * steps))
 
 
 def parse_args(argv):
