@@ -38,7 +38,7 @@ def save_figure(figure, folder, name):
 # --------------------------------------------------------------------------- tokens: Figure 5, Table 1
 @torch.no_grad()
 def token_certainty(model, text, prompt_len):
-    """Certainty (len(text),) of the distribution that each of the answer's characters was chosen from; 1 in the prompt."""
+    """Certainty (len(text),) of the distribution that each character of the answer was chosen from; 1 in the prompt."""
     logits, _ = model(torch.tensor([data.encode(text[:-1])], device=model.lm_head.weight.device))
     return np.concatenate([np.ones(prompt_len), certainty(logits)[0, prompt_len - 1 :].cpu().numpy()])
 
@@ -49,7 +49,7 @@ def table_1(texts, pairs, certainties, n_digits):
     Only what comes before an answer's first error counts: after it the positions mean something else.
     Returns {name: one value an answer}.
     """
-    rows = {name: [] for name in ("critical (mean)", "critical (least certain)", "non-critical (mean)", "non-critical (least certain)")}
+    rows = {f"{kind} ({how})": [] for kind in ("critical", "non-critical") for how in ("mean", "least certain")}
     for text, (a, b), sure in zip(texts, pairs, certainties):
         error = data.first_error(text, a, b)
         answer = np.arange(len(data.prompt(a, b)), len(text) if error is None else min(error + 1, len(text)))
@@ -65,7 +65,7 @@ def table_1(texts, pairs, certainties, n_digits):
 
 def colour(sure):
     """Certainty -> RGB in 0..1: white when certain, through yellow, to red at 0.4 and below."""
-    return matplotlib.colormaps["YlOrRd"](0.75 * np.clip((1 - sure) / 0.6, 0, 1))[:3] if sure < 0.99 else (1.0, 1.0, 1.0)
+    return matplotlib.colormaps["YlOrRd"](0.75 * min((1 - sure) / 0.6, 1))[:3] if sure < 0.99 else (1.0, 1.0, 1.0)
 
 
 def in_colour(text, sure):
@@ -112,7 +112,8 @@ def tokens(args):
     model, facts = pretrain.load_checkpoint(args.checkpoint, device)
     n_digits, long = facts["digits"], facts["digits"] + args.extra_digits
     if data.max_length(long) > model.config.block_size:
-        raise UserError(f"{long} digits need a block of {data.max_length(long)}, {args.checkpoint} has {model.config.block_size}")
+        raise UserError(f"{long} digits need a block of {data.max_length(long)}, {args.checkpoint} has "
+                        f"{model.config.block_size}; give fewer --extra_digits")
     pairs = sample_problems(args.problems, long, "varying", args.seed)
     correct, texts = solve(model, pairs, args.temperature, args.seed)
     certainties = [token_certainty(model, text, len(data.prompt(a, b))) for text, (a, b) in zip(texts, pairs)]
@@ -123,8 +124,9 @@ def tokens(args):
         print(f"--- {title}")
         print(in_colour(texts[i], certainties[i]) if sys.stdout.isatty() else texts[i])
 
-    print(f"\n{correct.mean():.1%} of {len(pairs)} problems of {long} digits right "
-          f"({'greedy' if args.temperature == 0 else f'sampled at temperature {args.temperature:g}'}; pre-trained on 1..{n_digits})")
+    how = "greedy" if args.temperature == 0 else f"sampled at temperature {args.temperature:g}"
+    print(f"\n{correct.mean():.1%} of {len(pairs)} problems of {long} digits right, {how}; "
+          f"pre-trained on 1..{n_digits}")
     print("\nTable 1: certainty on the token minus the mean certainty on the answer's other tokens [95% interval]")
     for name, values in table_1(texts, pairs, certainties, n_digits).items():
         if values:
@@ -146,8 +148,8 @@ def tokens(args):
 PANELS = {  # column of log.csv: its name on the axis, with units
     "success": "success in training", "greedy_nk": "accuracy on N+k, greedy", "greedy_n": "accuracy on N, greedy",
     "kl": "KL to the pre-trained model (nats a token)", "p_critical": "probability of the right critical token",
-    "ce_old": "cross-entropy on 1..N digits (nats)", "loss": "loss (nats a token)", "identical_n": "accuracy on N, identical",
-    "varying_n1": "accuracy on N+1, varying",
+    "ce_old": "cross-entropy on 1..N digits (nats)", "loss": "loss (nats a token)",
+    "identical_n": "accuracy on N, identical", "varying_n1": "accuracy on N+1, varying",
 }
 
 
@@ -164,9 +166,10 @@ def load_run(folder):
 
 
 def group_runs(runs):
-    """[(settings, log)] -> {label: [log, ...]}: one group for equal settings but the seeds, labelled by what differs."""
-    ignored = {"seed", "pretrain_seed", "checkpoint", "out", "device", "name"}
-    names = [name for name in runs[0][0] if name not in ignored and len({str(settings.get(name)) for settings, _ in runs}) > 1]
+    """[(settings, log)] -> {label: [log, ...]}: a group for equal settings but the seeds, labelled by what differs."""
+    ignored = {"seed", "pretrain_seed", "checkpoint", "out", "device"}
+    names = [name for name in runs[0][0]
+             if name not in ignored and len({str(settings.get(name)) for settings, _ in runs}) > 1]
     groups = {}
     for settings, log in runs:
         label = ", ".join(f"{name} {settings.get(name)}" for name in names) or "all runs"
@@ -182,7 +185,8 @@ def curves(args):
         raise UserError("these runs have no column in common to draw; give runs of one script")
     x_name = "episodes" if "episodes" in logs[0] else "step"
     columns = min(3, len(panels))
-    figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(3.6 * columns, 2.7 * -(-len(panels) // columns)), squeeze=False)
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.7 * rows), squeeze=False)
     styles = ["-", "--", ":", "-."]
     for axis, name in zip(axes.flat, panels):
         for i, (label, members) in enumerate(groups.items()):
@@ -199,7 +203,8 @@ def curves(args):
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, frameon=False)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2,
+                  frameon=False)
     figure.tight_layout()
     save_figure(figure, args.out, "curves.png")
 
@@ -209,7 +214,8 @@ def main(argv=None):
     verbs = ap.add_subparsers(dest="verb", required=True)
     with_defaults = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    verb = verbs.add_parser("tokens", help="where a model is unsure, and where its failures begin (Figure 5, Table 1)", **with_defaults)
+    verb = verbs.add_parser("tokens", help="where a model is unsure, where its failures begin (Figure 5, Table 1)",
+                            **with_defaults)
     verb.add_argument("checkpoint", help="a model.pt of pretrain.py or ppo.py")
     verb.add_argument("--problems", type=int, default=50, help="held-out problems to solve")
     verb.add_argument("--extra_digits", type=int, default=1, help="k: problems of N+k digits")

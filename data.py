@@ -137,8 +137,11 @@ def held_out(a, b):
 
 
 def _number(rng, length):
-    """Uniform over the numbers of exactly `length` digits; a 1-digit number may be 0."""
-    return int(rng.integers(10 ** (length - 1) if length > 1 else 0, 10**length))
+    """Uniform over the numbers of exactly `length` digits; a 1-digit number may be 0. Any length will do."""
+    digits = rng.integers(0, 10, length)
+    if length > 1:
+        digits[0] = rng.integers(1, 10)
+    return int("".join(map(str, digits)))
 
 
 def sample_pair(rng, n_digits, mode, extra_digits=1, test=False):

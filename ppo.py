@@ -81,7 +81,7 @@ def explained_variance(returns, values, mask):
 
 # --------------------------------------------------------------------------- the two halves of an iteration
 def tempered(model, states, temperature):
-    """The one distribution that samples and scores: states (B, T) -> logits / temperature (B, T, V), hidden (B, T, C)."""
+    """states (B, T) -> logits / temperature (B, T, V): what samples and what scores; and hidden states (B, T, C)."""
     with autocast(states.device):
         logits, hidden = model(states)
     return logits.float() / temperature, hidden.float()
@@ -106,7 +106,7 @@ def rollout(policy, value_head, reference, pairs, args, seed):
     texts = [data.decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
     success = torch.tensor([float(data.grade(text, a, b)) for text, (a, b) in zip(texts, pairs)], device=device)  # (B,)
     rewards = torch.zeros_like(mask)
-    rewards[torch.arange(len(pairs), device=device), lengths - 2] = success  # token i is action i - 1, and the last is lengths - 1
+    rewards[torch.arange(len(pairs), device=device), lengths - 2] = success  # the last token, as an action
 
     # 3. Score it under the reference and the policy, as they are before the update.
     scores = []
@@ -190,12 +190,14 @@ def critical_tokens(model, pairs, n_digits, temperature):
 
 @torch.no_grad()
 def evaluate(policy, problems_n, problems_nk, old_problems, temperature):
-    """Accuracy on N and on N+k, greedy and sampled, and the cross-entropy on answers of 1..N digits, in nats a token."""
-    accuracies = {f"{how}_{name}": float(solve(policy, pairs, t)[0].mean()) for how, t in (("greedy", 0), ("sampled", temperature))
-                  for name, pairs in (("n", problems_n), ("nk", problems_nk))}
+    """Accuracies on N and N+k, greedy and sampled, and cross-entropy on answers of 1..N digits, in nats a token."""
+    row = {}
+    for name, pairs in (("n", problems_n), ("nk", problems_nk)):
+        row[f"greedy_{name}"] = float(solve(policy, pairs, 0)[0].mean())
+        row[f"sampled_{name}"] = float(solve(policy, pairs, temperature)[0].mean())
     ids, prompt_len, lengths = to_batch(old_problems, policy.lm_head.weight.device)
     losses = [answer_loss(policy, ids[rows], prompt_len[rows], lengths[rows]) for rows in slices(len(ids), ids.device)]
-    return accuracies | dict(ce_old=torch.stack(losses).mean().item())
+    return row | dict(ce_old=torch.stack(losses).mean().item())
 
 
 COLUMNS = ["iteration", "episodes", "success", "kl", "penalty", "entropy", "clip_fraction", "value_loss",
@@ -232,9 +234,7 @@ def parse_args(argv):
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
     add("--out", default="", help="folder for the run; default: out/ppo_<settings that differ from the defaults>")
     args = ap.parse_args(argv)
-    changed = [f"{name}{value}" for name, value in vars(args).items() if value != ap.get_default(name)
-               and name not in ("alpha", "seed", "device", "out", "checkpoint")]
-    args.out = args.out or "_".join(["out/ppo", f"alpha{args.alpha:g}", *changed, f"seed{args.seed}"])
+    args.out = args.out or pretrain.default_folder(f"ppo_alpha{args.alpha:g}", ap, args, ("alpha", "checkpoint"))
     return args
 
 
@@ -252,14 +252,17 @@ def main(argv=None):
     device = pretrain.get_device(args.device)
     n, k, long = args.digits, args.extra_digits, args.digits + args.extra_digits
     if not args.checkpoint:
-        args.checkpoint = pretrain.default_folder(n, args.preset, args.pretrain_seed) + "/model.pt"
+        settings = ["--digits", str(n), "--preset", args.preset, "--seed", str(args.pretrain_seed)]
+        settings += ["--device", args.device]
+        settings += ["--block_size", str(pretrain.block_for(long))] if k > 1 else []
+        args.checkpoint = pretrain.parse_args(settings).out + "/model.pt"
         if not os.path.exists(args.checkpoint):
             print(f"no pre-trained model at {args.checkpoint}: pre-training first")
-            pretrain.main(["--digits", str(n), "--preset", args.preset, "--seed", str(args.pretrain_seed),
-                           "--device", args.device])
+            pretrain.main(settings)
     reference, facts = pretrain.load_checkpoint(args.checkpoint, device)
     if facts["digits"] != n:
-        raise UserError(f"{args.checkpoint} was pre-trained on 1..{facts['digits']} digits; give --digits {facts['digits']}")
+        raise UserError(f"{args.checkpoint} was pre-trained on 1..{facts['digits']} digits, not on 1..{n}; "
+                        f"give --digits {facts['digits']}")
     if data.max_length(long) > reference.config.block_size:
         raise UserError(f"{long} digits need a block of {data.max_length(long)}, {args.checkpoint} has "
                         f"{reference.config.block_size}; pre-train with --block_size {data.max_length(long)}")
@@ -287,29 +290,32 @@ def main(argv=None):
 
     # 3. Train. Every random number of an iteration follows from the seed and the iteration alone.
     started = time.time()
+    print(" it success      kl penalty entropy  clip  value expl.var weight  critical: p certainty  tokens/s")
     with open(os.path.join(args.out, "log.csv"), "w", newline="") as f:
         log = csv.DictWriter(f, COLUMNS)
         log.writeheader()
         for iteration in tqdm(range(args.iterations + 1), desc="ppo", unit="it", dynamic_ncols=True):
-            row, line = dict(iteration=iteration, episodes=iteration * args.episodes), ""
+            row, figures = dict(iteration=iteration, episodes=iteration * args.episodes), " " * 58
             if iteration > 0:  # row 0 of the log is the pre-trained model
                 begun, rng = time.time(), np.random.default_rng([args.seed, iteration])
                 pairs = [data.sample_pair(rng, n, "rl", k) for _ in range(args.episodes)]
                 seed = int(rng.integers(2**62))
                 batch = rollout(policy, value_head, reference, pairs, args, seed)
                 row |= update(policy, value_head, optimizer, batch, args, torch.Generator().manual_seed(seed))
-                row |= dict(success=batch["success"].mean().item(),
-                            explained_variance=explained_variance(batch["returns"], batch["values"], batch["mask"]).item(),
+                explained = explained_variance(batch["returns"], batch["values"], batch["mask"]).item()
+                row |= dict(success=batch["success"].mean().item(), explained_variance=explained,
                             tokens_per_s=batch["mask"].sum().item() / (time.time() - begun))
-                line = "success {success:.2f}  kl {kl:.4f}  penalty {penalty:.4f}  entropy {entropy:.3f}  clip " \
-                       "{clip_fraction:.3f}  value {value_loss:.3f}  ".format_map(row)
+                figures = ("{success:7.2f} {kl:7.4f} {penalty:7.4f} {entropy:7.4f} {clip_fraction:5.3f} "
+                           "{value_loss:6.3f} {explained_variance:8.2f} {weight:6.3f}").format_map(row)
             row |= critical_tokens(policy, critical_problems, n, args.temperature)
-            tqdm.write(f"{iteration:3d}  {line}p critical {row['p_critical']:.3f}")
+            tqdm.write(f"{iteration:3d} {figures}  {row['p_critical']:11.3f} {row['certainty_critical']:9.3f}  "
+                       f"{row.get('tokens_per_s', 0):8,.0f}")
             if iteration % args.eval_every == 0 or iteration == args.iterations:
                 row |= evaluate(policy, *watched, args.temperature)
-                tqdm.write("     greedy N {greedy_n:.0%} N+k {greedy_nk:.0%}, sampled N {sampled_n:.0%} N+k {sampled_nk:.0%}, "
-                           "cross-entropy on 1..N digits {ce_old:.4f}".format_map(row))
-                pretrain.save_checkpoint(os.path.join(args.out, "model.pt"), policy, digits=n, step=iteration, settings=vars(args))
+                tqdm.write("    N: greedy {greedy_n:.0%}, sampled {sampled_n:.0%};  N+k: greedy {greedy_nk:.0%}, "
+                           "sampled {sampled_nk:.0%};  cross-entropy on 1..N: {ce_old:.5f}".format_map(row))
+                pretrain.save_checkpoint(os.path.join(args.out, "model.pt"), policy, digits=n, step=iteration,
+                                         settings=vars(args))
             row["seconds"] = time.time() - started
             log.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
             f.flush()

@@ -98,15 +98,18 @@ def load_checkpoint(path, device):
         checkpoint["digits"]  # both scripts save it
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; make one with pretrain.py") from None
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError) as error:
         cause = (str(error).splitlines() or [""])[0]
         raise UserError(f"{path} is not a whole checkpoint of this project ({type(error).__name__}: {cause}); "
                         "delete it and make it again with pretrain.py") from None
     return model.to(device).eval(), checkpoint
 
 
-def default_folder(digits, preset, seed):
-    return f"out/pretrain_n{digits}_{preset}_seed{seed}"
+def default_folder(prefix, parser, args, unnamed):
+    """out/<prefix>_<settings that differ from the defaults>_seed<seed>: runs with other settings never meet."""
+    changed = [f"{name}{value}" for name, value in vars(args).items()
+               if value != parser.get_default(name) and name not in (*unnamed, "seed", "device", "out")]
+    return "out/" + "_".join([prefix, *changed, f"seed{args.seed}"])
 
 
 def make_folder(path, settings):
@@ -212,6 +215,11 @@ def learning_rate(step, steps, peak, warmup):
     return peak * min((step + 1) / warmup, 1.0, (steps - step) / (0.8 * steps))
 
 
+def block_for(n_digits):
+    """The block that answers of n_digits digits need, in whole 32s: 6 -> 480."""
+    return math.ceil(data.max_length(n_digits) / 32) * 32
+
+
 def parse_args(argv):
     ap = argparse.ArgumentParser(description="Pre-train a GPT-2 from scratch on additions of 1..N digits.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -227,20 +235,23 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of initialization and data")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
     add("--out", default="", help="folder for the run; default: out/pretrain_<settings>")
-    return ap.parse_args(argv)
+    args = ap.parse_args(argv)
+    args.out = args.out or default_folder(f"pretrain_n{args.digits}_{args.preset}", ap, args, ("digits", "preset"))
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     # 1. Settings and what can be wrong with them
-    require(args, digits=args.digits >= 1, steps=args.steps >= 1, batch_size=args.batch_size >= 1, lr=0 < args.lr < math.inf,
-            warmup=args.warmup >= 1, block_size=args.block_size >= 0, eval_problems=args.eval_problems >= 1)
-    block_size = args.block_size or math.ceil(data.max_length(args.digits + 1) / 32) * 32
-    if data.max_length(args.digits) > block_size:
-        raise UserError(f"--digits {args.digits} needs --block_size {data.max_length(args.digits)} or more, not {block_size}")
+    require(args, digits=args.digits >= 1, steps=args.steps >= 1, batch_size=args.batch_size >= 1,
+            lr=0 < args.lr < math.inf, warmup=args.warmup >= 1, block_size=args.block_size >= 0,
+            eval_problems=args.eval_problems >= 1)
+    block_size = args.block_size or block_for(args.digits + 1)
+    needed = data.max_length(args.digits)
+    if needed > block_size:
+        raise UserError(f"--digits {args.digits} needs --block_size {needed} or more, not {block_size}")
     device = get_device(args.device)
-    out = args.out or default_folder(args.digits, args.preset, args.seed)
-    make_folder(out, vars(args) | dict(block_size=block_size))
+    make_folder(args.out, vars(args) | dict(block_size=block_size))
 
     # 2. Model and optimizer
     torch.manual_seed(args.seed)
@@ -254,17 +265,18 @@ def main(argv=None):
           f"block {block_size}, {args.steps} steps of {args.batch_size} problems, on {device}")
 
     # 3. Train
-    watch = {mode: sample_problems(64, length, mode, seed=2)
-             for mode, length in (("identical", args.digits), ("varying", args.digits + 1))}
-    with open(os.path.join(out, "log.csv"), "w", newline="") as f:
-        log = csv.writer(f)
-        log.writerow(["step", "loss", "lr", "identical_n", "varying_n1", "tokens_per_s", "seconds"])
-        start, tokens, losses, last = time.time(), 0, [], (0, time.time())
-        accuracy = [0.0, 0.0]
-        bar = tqdm(range(args.steps), desc="pre-train", unit="step", mininterval=1, dynamic_ncols=True)
+    watched = dict(identical_n=sample_problems(64, args.digits, "identical", seed=2),
+                   varying_n1=sample_problems(64, args.digits + 1, "varying", seed=2))
+    accuracies = dict.fromkeys(watched, 0.0)
+    started = since = time.time()
+    losses, tokens = [], 0
+    with open(os.path.join(args.out, "log.csv"), "w", newline="") as f:
+        log = csv.DictWriter(f, ["step", "loss", "lr", *watched, "tokens_per_s", "seconds"])
+        log.writeheader()
+        bar = tqdm(range(1, args.steps + 1), desc="pre-train", unit="step", mininterval=1, dynamic_ncols=True)
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
+                group["lr"] = learning_rate(step - 1, args.steps, args.lr, args.warmup)
             ids, prompt_len, lengths, offset = next(batches)
             loss = answer_loss(model, ids, prompt_len, lengths, offset)
             optimizer.zero_grad()
@@ -273,26 +285,30 @@ def main(argv=None):
             optimizer.step()
             losses.append(loss.detach())
             tokens += ids.numel()
-            if (step + 1) % 100 == 0 or step + 1 == args.steps:
-                mean_loss = torch.stack(losses).mean().item()
-                rate = (tokens - last[0]) / (time.time() - last[1])
-                if (step + 1) % 1000 == 0:
-                    accuracy = [solve(model, pairs)[0].mean() for pairs in watch.values()]
-                log.writerow([step + 1, f"{mean_loss:.5f}", f"{group['lr']:.6f}", *accuracy, f"{rate:.0f}", f"{time.time() - start:.1f}"])
-                f.flush()
-                bar.set_postfix_str(f"loss {mean_loss:.4f}, N {accuracy[0]:.0%}, N+1 varying {accuracy[1]:.0%}, {rate:,.0f} tokens/s")
-                losses, last = [], (tokens, time.time())
 
-    # 4. Measure, show failures, save
-    minutes = (time.time() - start) / 60
-    save_checkpoint(os.path.join(out, "model.pt"), model, digits=args.digits, step=args.steps, settings=vars(args))
+            if step % 100 == 0 or step == args.steps:
+                row = dict(step=step, loss=f"{torch.stack(losses).mean().item():.5f}", lr=f"{group['lr']:.6f}",
+                           tokens_per_s=f"{tokens / (time.time() - since):.0f}")
+                if step % 1000 == 0:
+                    accuracies = {name: solve(model, pairs)[0].mean() for name, pairs in watched.items()}
+                    row |= accuracies
+                since = time.time()
+                log.writerow(row | dict(seconds=f"{since - started:.1f}"))
+                f.flush()
+                bar.set_postfix_str(f"loss {row['loss']}, N {accuracies['identical_n']:.0%}, "
+                                    f"N+1 {accuracies['varying_n1']:.0%}, {row['tokens_per_s']} tokens/s")
+                losses, tokens = [], 0
+
+    # 4. Save, measure, show failures
+    minutes = (time.time() - started) / 60
     model.eval()
+    save_checkpoint(os.path.join(args.out, "model.pt"), model, digits=args.digits, step=args.steps, settings=vars(args))
     table, failures = accuracy_table(model, args.digits, args.eval_problems)
     print_table(table, f"greedy, {args.eval_problems} held-out problems a cell")
     print("\nthree failures, at their first wrong character")
     for text, a, b in failures[:: max(1, len(failures) // 3)][:3]:
         print(f"  {a}+{b}: {data.describe_error(text, a, b)}")
-    print(f"\ntrained in {minutes:.1f} minutes; saved {out}/model.pt")
+    print(f"\ntrained in {minutes:.1f} minutes; saved {args.out}/model.pt")
     return table
 
 

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import unittest
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -338,6 +337,39 @@ class KL(unittest.TestCase):
         self.assertGreater(exact.abs().max().item(), 0.01)
 
 
+class Pretrain(unittest.TestCase):
+    def test_batches(self):
+        """Rows are whole worked problems, never held out, at offsets that reach the whole block."""
+        batches = pretrain.pretrain_batches(2, 4, 200, 0, CPU)
+        used = set()
+        for _ in range(200):
+            ids, prompt_len, lengths, offset = next(batches)
+            self.assertLess((lengths.max() - lengths.min()).item(), 70, "rows of a batch are of like length")
+            for row, p, n, o in zip(ids, prompt_len.tolist(), lengths.tolist(), offset.tolist()):
+                text = data.decode(row[:n])
+                a, b = map(int, text[: p].removeprefix("Input:\n").removesuffix("\nTarget:").split("+"))
+                self.assertEqual(text, data.prompt(a, b) + data.answer(a, b))
+                self.assertFalse(data.held_out(a, b))
+                self.assertLessEqual(o + ids.shape[1], 200)
+                used |= set(range(o, o + n))
+        self.assertEqual(used, set(range(200)))
+
+    def test_answer_loss_by_hand(self):
+        """The mean over the answers' tokens alone: neither the prompt's nor the padding's are predicted."""
+        model = tiny_model(std=0.3)
+        ids, prompt_len, lengths = pretrain.to_batch([(1, 2), (3, 45)], CPU)
+        with torch.no_grad():
+            logp = model(ids[:, :128])[0].log_softmax(-1)
+            terms = [-logp[b, t - 1, ids[b, t]].item() for b in range(2) for t in range(int(prompt_len[b]), min(128, int(lengths[b])))]
+            got = pretrain.answer_loss(model, ids[:, :128], prompt_len, lengths.clamp(max=128)).item()
+        self.assertAlmostEqual(got, sum(terms) / len(terms), delta=0.02)  # bfloat16
+
+    def test_learning_rate(self):
+        rates = [pretrain.learning_rate(step, 100, 1.0, 10) for step in range(100)]
+        picked = [rates[i] for i in (0, 9, 19, 20, 60, 99)]
+        np.testing.assert_allclose(picked, [0.1, 1.0, 1.0, 1.0, 0.5, 0.0125])
+
+
 class PPO(unittest.TestCase):
     def setUp(self):
         self.args = ppo.parse_args(["--minibatches", "1", "--kl_coef", "0.5", "--alpha", "2", "--temperature", "1.5"])
@@ -601,10 +633,6 @@ class Scripts(unittest.TestCase):
             self.assertEqual(list(log[0]), [c for c in ppo.COLUMNS if c not in ("seconds", "tokens_per_s")])
         self.assertEqual(rows[0], rows[1])
         self.assertNotEqual(rows[0], rows[2])
-
-    def test_learning_rate(self):
-        rates = [pretrain.learning_rate(step, 100, 1.0, 10) for step in range(100)]
-        np.testing.assert_allclose([rates[0], rates[9], rates[19], rates[20], rates[60], rates[99]], [0.1, 1.0, 1.0, 1.0, 0.5, 0.0125])
 
     def test_end_to_end(self):
         """Pre-training that really learns 1-digit addition, then PPO on 2 digits, then the figures of both."""
