@@ -210,7 +210,7 @@ def parse_args(argv):
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = ap.add_argument
     add("--alpha", type=float, default=3.0, help="certainty exponent (the paper's beta); 0 = standard KL")
-    add("--kl_coef", type=float, default=1.0, help="coefficient of the KL penalty (the paper's alpha); 0 = none")
+    add("--kl_coef", type=float, default=0.3, help="coefficient of the KL penalty (the paper's alpha); 0 = none")
     add("--digits", type=int, default=5, help="N: the model was pre-trained on 1..N digits")
     add("--extra_digits", type=int, default=1, help="k: fine-tune on N+k digits")
     add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")

@@ -226,9 +226,9 @@ def parse_args(argv):
     add = ap.add_argument
     add("--digits", type=int, default=5, help="N: train on operands of 1..N digits")
     add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")
-    add("--steps", type=int, default=5500, help="optimizer steps; they count more than examples")
+    add("--steps", type=int, default=5000, help="optimizer steps; they count more than examples")
     add("--batch_size", type=int, default=4, help="worked problems a step")
-    add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
+    add("--lr", type=float, default=3e-3, help="peak learning rate of Muon and AdamW")
     add("--warmup", type=int, default=100, help="steps of linear warm-up")
     add("--block_size", type=int, default=0, help="positions of the model; 0: what N+1 digits need, in whole 32s")
     add("--eval_problems", type=int, default=250, help="held-out problems for each accuracy of the final table")
@@ -256,10 +256,11 @@ def main(argv=None):
     # 2. Model and optimizer
     torch.manual_seed(args.seed)
     model = GPT(GPTConfig(block_size=block_size, **PRESETS[args.preset])).to(device)
-    decay = [p for p in model.parameters() if p.dim() == 2]
-    other = [p for p in model.parameters() if p.dim() < 2]  # no weight decay on biases and layer norms
-    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=other, weight_decay=0.0)],
-                                  lr=args.lr, betas=(0.9, 0.99), fused=device.type != "mps")
+    # Muon for the blocks' weight matrices needs half of AdamW's steps; AdamW for embeddings, biases and layer norms.
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    others = [p for name, p in model.named_parameters() if p.dim() < 2 or ".h." not in name]
+    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
     batches = pretrain_batches(args.digits, args.batch_size, block_size, args.seed, device)
     print(f"pre-training on 1..{args.digits} digits: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"block {block_size}, {args.steps} steps of {args.batch_size} problems, on {device}")
@@ -275,19 +276,20 @@ def main(argv=None):
         log.writeheader()
         bar = tqdm(range(1, args.steps + 1), desc="pre-train", unit="step", mininterval=1, dynamic_ncols=True)
         for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step - 1, args.steps, args.lr, args.warmup)
+            lr = learning_rate(step - 1, args.steps, args.lr, args.warmup)
             ids, prompt_len, lengths, offset = next(batches)
             loss = answer_loss(model, ids, prompt_len, lengths, offset)
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = lr
+                optimizer.step()
             losses.append(loss.detach())
             tokens += ids.numel()
 
             if step % 100 == 0 or step == args.steps:
-                row = dict(step=step, loss=f"{torch.stack(losses).mean().item():.5f}", lr=f"{group['lr']:.6f}",
+                row = dict(step=step, loss=f"{torch.stack(losses).mean().item():.5f}", lr=f"{lr:.6f}",
                            tokens_per_s=f"{tokens / (time.time() - since):.0f}")
                 if step % 1000 == 0:
                     accuracies = {name: solve(model, pairs)[0].mean() for name, pairs in watched.items()}
