@@ -145,11 +145,12 @@ def tokens(args):
 
 
 # --------------------------------------------------------------------------- curves
-PANELS = {  # column of log.csv: its name on the axis, with units
-    "success": "success in training", "greedy_nk": "accuracy on N+k, greedy", "greedy_n": "accuracy on N, greedy",
-    "kl": "KL to the pre-trained model (nats a token)", "p_critical": "probability of the right critical token",
-    "ce_old": "cross-entropy on 1..N digits (nats)", "loss": "loss (nats a token)",
-    "identical_n": "accuracy on N, identical", "varying_n1": "accuracy on N+1, varying",
+PANELS = {  # column of log.csv: the panel's title, with the unit
+    "success": "success in training (share)", "greedy_nk": "accuracy on N+k, greedy (share)",
+    "greedy_n": "accuracy on N, greedy (share)", "kl": "KL to the pre-trained model (nats a token)",
+    "p_critical": "probability of the right critical token", "ce_old": "cross-entropy on 1..N digits (nats a token)",
+    "loss": "loss (nats a token)", "identical_n": "accuracy on N, identical (share)",
+    "varying_n1": "accuracy on N+1, varying (share)",
 }
 
 
@@ -172,7 +173,9 @@ def group_runs(runs):
              if name not in ignored and len({str(settings.get(name)) for settings, _ in runs}) > 1]
     groups = {}
     for settings, log in runs:
-        label = ", ".join(f"{name} {settings.get(name)}" for name in names) or "all runs"
+        values = [settings.get(name) for name in names]
+        label = ", ".join(f"{name} {x:g}" if isinstance(x, float) else f"{name} {x}" for name, x in zip(names, values))
+        label = label or "all runs"
         groups.setdefault(label, []).append(log)
     return groups
 
@@ -199,7 +202,8 @@ def curves(args):
             if len(members) > 1:
                 band = np.array([bootstrap(column)[1:] for column in y.T])
                 axis.fill_between(x, band[:, 0], band[:, 1], color=line.get_color(), alpha=0.2, lw=0)
-        axis.set(xlabel=x_name, ylabel=PANELS[name])
+        axis.set(xlabel=x_name, ylim=(0, 1.03) if "share" in PANELS[name] else None)
+        axis.set_title(PANELS[name], fontsize=9)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
