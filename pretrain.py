@@ -226,8 +226,8 @@ def parse_args(argv):
     add = ap.add_argument
     add("--digits", type=int, default=5, help="N: train on operands of 1..N digits")
     add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")
-    add("--steps", type=int, default=5000, help="optimizer steps; they count more than examples")
-    add("--batch_size", type=int, default=4, help="worked problems a step")
+    add("--steps", type=int, default=4000, help="optimizer steps")
+    add("--batch_size", type=int, default=8, help="worked problems a step")
     add("--lr", type=float, default=3e-3, help="peak learning rate of Muon and AdamW")
     add("--warmup", type=int, default=100, help="steps of linear warm-up")
     add("--block_size", type=int, default=0, help="positions of the model; 0: what N+1 digits need, in whole 32s")

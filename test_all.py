@@ -2,6 +2,7 @@
 
 Each compares with an answer worked out by hand or by an independent route, never with a second copy of the code.
 """
+
 import contextlib
 import csv
 import io
@@ -93,11 +94,28 @@ Target:
         self.assertTrue(data.grade("</scratch>\n3 9 5\n", 367, 28))
         self.assertTrue(data.grade(right + "4 0 0\n", 367, 28), "the episode ended before the second result")
         self.assertTrue(data.grade("</scratch>\n0\n", 0, 0))
-        wrong = ["", "\n", "3 9 5\n", right[:-1], right[:-2], right.replace("3 9 5\n", "3 9 6\n"), right.replace("3 9 5\n", "3 9 5 \n"),
-                 right.replace("3 9 5\n", " 3 9 5\n"), right.replace("3 9 5\n", "395\n"), right.replace("3 9 5\n", "0 3 9 5\n"),
-                 right.replace("3 9 5\n", "\n3 9 5\n"), right.replace("3 9 5\n", "3 9 5\r\n"), right.replace("3 9 5\n", "٣ ٩ ٥\n"),
-                 right.replace("</scratch>\n3", "</scratch>3"), right.replace("</scratch>\n", "</scratch>\n4 0 0\n"),
-                 right.replace("</scratch>\n", "</scratch>\n</scratch>\n"), "</scratch>", "</scratch>\n", "\x00\ud800😀", "</scratch>\n3\u20289 5\n"]
+        wrong = [
+            "",
+            "\n",
+            "3 9 5\n",
+            right[:-1],
+            right[:-2],
+            right.replace("3 9 5\n", "3 9 6\n"),
+            right.replace("3 9 5\n", "3 9 5 \n"),
+            right.replace("3 9 5\n", " 3 9 5\n"),
+            right.replace("3 9 5\n", "395\n"),
+            right.replace("3 9 5\n", "0 3 9 5\n"),
+            right.replace("3 9 5\n", "\n3 9 5\n"),
+            right.replace("3 9 5\n", "3 9 5\r\n"),
+            right.replace("3 9 5\n", "٣ ٩ ٥\n"),
+            right.replace("</scratch>\n3", "</scratch>3"),
+            right.replace("</scratch>\n", "</scratch>\n4 0 0\n"),
+            right.replace("</scratch>\n", "</scratch>\n</scratch>\n"),
+            "</scratch>",
+            "</scratch>\n",
+            "\x00\ud800😀",
+            "</scratch>\n3\u20289 5\n",
+        ]
         for text in wrong:
             self.assertFalse(data.grade(text, 367, 28), repr(text))
 
@@ -107,21 +125,35 @@ Target:
             text = self.WORKED
             for _ in range(rng.integers(1, 4)):
                 i = rng.integers(0, len(text) + 1)
-                text = text[:i] + "".join(chr(c) for c in rng.integers(0, 0x300, rng.integers(0, 3))) + text[i + rng.integers(0, 3) :]
+                text = (
+                    text[:i]
+                    + "".join(chr(c) for c in rng.integers(0, 0x300, rng.integers(0, 3)))
+                    + text[i + rng.integers(0, 3) :]
+                )
             self.assertIn(data.grade(text, 367, 28), (True, False))
 
     def test_critical_positions_of_a_worked_example(self):
         text, found = self.WORKED, data.critical_positions(367, 28, 2)
         line1, line2, line3 = text.index("[3,6,7]"), text.index("[3,6] "), text.index("[3] ")
-        self.assertEqual(found, {(1, 1, "comma1"): line1 + 4, (1, 1, "digit1"): line1 + 5, (2, 1, "comma1"): line2 + 2,
-                                 (2, 1, "digit1"): line2 + 3, (3, 1, "digit1"): line3 + 1})
+        self.assertEqual(
+            found,
+            {
+                (1, 1, "comma1"): line1 + 4,
+                (1, 1, "digit1"): line1 + 5,
+                (2, 1, "comma1"): line2 + 2,
+                (2, 1, "digit1"): line2 + 3,
+                (3, 1, "digit1"): line3 + 1,
+            },
+        )
         self.assertEqual([text[i] for i in found.values()].count(","), 2)
 
     def test_critical_positions_two_digits_longer_and_second_operand(self):
         text, found = data.prompt(5, 1234) + data.answer(5, 1234), data.critical_positions(5, 1234, 2)
         at = text.index("[1,2,3,4]")
-        self.assertEqual({k: v - at for k, v in found.items() if k[0] == 1},
-                         {(1, 2, "digit1"): 7, (1, 2, "comma1"): 6, (1, 2, "digit2"): 5, (1, 2, "comma2"): 4})
+        self.assertEqual(
+            {k: v - at for k, v in found.items() if k[0] == 1},
+            {(1, 2, "digit1"): 7, (1, 2, "comma1"): 6, (1, 2, "digit2"): 5, (1, 2, "comma2"): 4},
+        )
         self.assertTrue(all(operand == 2 for _, operand, _ in found))
         self.assertEqual(text[found[2, 2, "digit1"]], "3")  # line 2 begins "[] + [1,2,3]"
         self.assertEqual(data.critical_positions(12, 34, 2), {})
@@ -129,7 +161,10 @@ Target:
 
     def test_sample_pair(self):
         rng, digits = np.random.default_rng(0), lambda pair: [len(str(x)) for x in pair]
-        many = {mode: [digits(data.sample_pair(rng, 3, mode, 2)) for _ in range(3000)] for mode in ("train", "identical", "varying", "rl")}
+        many = {
+            mode: [digits(data.sample_pair(rng, 3, mode, 2)) for _ in range(3000)]
+            for mode in ("train", "identical", "varying", "rl")
+        }
         self.assertEqual({tuple(x) for x in many["train"]}, set(itertools.product((1, 2, 3), repeat=2)))
         self.assertEqual({tuple(x) for x in many["identical"]}, {(3, 3)})
         self.assertEqual({tuple(x) for x in many["varying"]}, {(3, m) for m in (1, 2, 3)} | {(m, 3) for m in (1, 2)})
@@ -192,22 +227,34 @@ class Model(unittest.TestCase):
         logits, hidden = self.model(self.ids)
         self.assertEqual((logits.shape, hidden.shape), ((3, 50, 40), (3, 50, 16)))
         for row, got in zip(self.ids.tolist(), logits):
-            np.testing.assert_allclose(got.detach().numpy(), numpy_gpt2(self.model.state_dict(), row, n_head=2), atol=1e-4)
+            np.testing.assert_allclose(
+                got.detach().numpy(), numpy_gpt2(self.model.state_dict(), row, n_head=2), atol=1e-4
+            )
 
     def test_another_librarys_gpt2(self):
         try:
             from transformers import GPT2Config, GPT2LMHeadModel
         except ImportError:
             self.skipTest("transformers is not installed; test_logits_are_gpt2s judges the same against numpy")
-        peer = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=128, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)).eval()
-        weights = {name: p.T if any(x in name for x in ("c_attn.weight", "c_proj.weight", "c_fc.weight")) else p  # its Conv1D is transposed
-                   for name, p in self.model.state_dict().items()}
+        peer = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=40, n_positions=128, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
+            )
+        ).eval()
+        weights = {
+            name: (
+                p.T if any(x in name for x in ("c_attn.weight", "c_proj.weight", "c_fc.weight")) else p
+            )  # its Conv1D is transposed
+            for name, p in self.model.state_dict().items()
+        }
         peer.load_state_dict(weights)
         with torch.no_grad():
             torch.testing.assert_close(self.model(self.ids)[0], peer(self.ids).logits, atol=1e-4, rtol=0)
             ids, lengths = generate(self.model, self.prompts[:1], 40, temperature=0)
             prompt = torch.tensor(self.prompts[:1])
-            theirs = peer.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, pad_token_id=0)
+            theirs = peer.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, pad_token_id=0
+            )
         self.assertEqual(ids[0, : lengths[0]].tolist(), theirs[0, : lengths[0]].tolist())
 
     def test_causality(self):
@@ -223,7 +270,9 @@ class Model(unittest.TestCase):
         with torch.no_grad():
             whole, _ = self.model(self.ids)
             cache = torch.zeros(2, 2, B, 2, T, 8)
-            steps = [self.model(self.ids[:, :7], cache=cache)[0]] + [self.model(self.ids[:, t : t + 1], cache=cache, start=t)[0] for t in range(7, T)]
+            steps = [self.model(self.ids[:, :7], cache=cache)[0]] + [
+                self.model(self.ids[:, t : t + 1], cache=cache, start=t)[0] for t in range(7, T)
+            ]
         torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=0)
 
     def test_offset_moves_the_positions(self):
@@ -258,7 +307,10 @@ class Model(unittest.TestCase):
 
         class Oracle(GPT):  # a model that writes the right answer and would go on
             def forward(self, idx, cache=None, start=0):
-                return F.one_hot(truth[start + 1 : start + 1 + idx.shape[1]], 40).float().expand(len(idx), -1, -1) * 100, None
+                return (
+                    F.one_hot(truth[start + 1 : start + 1 + idx.shape[1]], 40).float().expand(len(idx), -1, -1) * 100,
+                    None,
+                )
 
         oracle = Oracle(GPTConfig(block_size=256, n_layer=1, n_head=1, n_embd=4))
         prompts = [data.encode(data.prompt(12, 34))] * 2
@@ -314,8 +366,11 @@ class KL(unittest.TestCase):
         self.assertTrue(torch.equal(kl.prioritized_kl(logp, ref_logp, ref_logits, 0.0), (logp - ref_logp) ** 2 / 2))
 
     def test_no_gradient_reaches_the_reference(self):
-        logp, ref_logp, ref_logits = (torch.randn(2, 5, requires_grad=True), torch.randn(2, 5, requires_grad=True),
-                                      torch.randn(2, 5, 40, requires_grad=True))
+        logp, ref_logp, ref_logits = (
+            torch.randn(2, 5, requires_grad=True),
+            torch.randn(2, 5, requires_grad=True),
+            torch.randn(2, 5, 40, requires_grad=True),
+        )
         kl.prioritized_kl(logp, ref_logp, ref_logits, 2.0).sum().backward()
         self.assertIsNone(ref_logp.grad)
         self.assertIsNone(ref_logits.grad)
@@ -333,7 +388,9 @@ class KL(unittest.TestCase):
         exact = gradient((logp.exp() * (logp - ref_logp)).sum())
         k2 = kl.prioritized_kl(logp[None], ref_logp[None], ref.expand(1, 40, 40), alpha=0)[0]
         torch.testing.assert_close(gradient((logp.exp().detach() * k2).sum()), exact)
-        torch.testing.assert_close(gradient((logp.exp().detach() * (logp - ref_logp)).sum()), torch.zeros(40, dtype=torch.double))
+        torch.testing.assert_close(
+            gradient((logp.exp().detach() * (logp - ref_logp)).sum()), torch.zeros(40, dtype=torch.double)
+        )
         self.assertGreater(exact.abs().max().item(), 0.01)
 
 
@@ -347,7 +404,7 @@ class Pretrain(unittest.TestCase):
             self.assertLess((lengths.max() - lengths.min()).item(), 70, "rows of a batch are of like length")
             for row, p, n, o in zip(ids, prompt_len.tolist(), lengths.tolist(), offset.tolist()):
                 text = data.decode(row[:n])
-                a, b = map(int, text[: p].removeprefix("Input:\n").removesuffix("\nTarget:").split("+"))
+                a, b = map(int, text[:p].removeprefix("Input:\n").removesuffix("\nTarget:").split("+"))
                 self.assertEqual(text, data.prompt(a, b) + data.answer(a, b))
                 self.assertFalse(data.held_out(a, b))
                 self.assertLessEqual(o + ids.shape[1], 200)
@@ -360,7 +417,11 @@ class Pretrain(unittest.TestCase):
         ids, prompt_len, lengths = pretrain.to_batch([(1, 2), (3, 45)], CPU)
         with torch.no_grad():
             logp = model(ids[:, :128])[0].log_softmax(-1)
-            terms = [-logp[b, t - 1, ids[b, t]].item() for b in range(2) for t in range(int(prompt_len[b]), min(128, int(lengths[b])))]
+            terms = [
+                -logp[b, t - 1, ids[b, t]].item()
+                for b in range(2)
+                for t in range(int(prompt_len[b]), min(128, int(lengths[b])))
+            ]
             got = pretrain.answer_loss(model, ids[:, :128], prompt_len, lengths.clamp(max=128)).item()
         self.assertAlmostEqual(got, sum(terms) / len(terms), delta=0.02)  # bfloat16
 
@@ -394,9 +455,17 @@ class PPO(unittest.TestCase):
         ones = torch.ones(1, 2)
         self.assertEqual(ppo.gae(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), ones, 1.0, 1.0).tolist(), [[1.0, 1.0]])
         # gamma 1/2, lambda 1/2: delta_1 = 1 - 4 = -3; delta_0 = 0 + 2 - 2 = 0; A_0 = 0 - 3/4
-        self.assertEqual(ppo.gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 4.0]]), ones, 0.5, 0.5).tolist(), [[-0.75, -3.0]])
+        self.assertEqual(
+            ppo.gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 4.0]]), ones, 0.5, 0.5).tolist(), [[-0.75, -3.0]]
+        )
         # lambda 1, gamma 1: return minus value; prompt before and padding after have advantage 0 and are never looked at
-        got = ppo.gae(torch.tensor([[0.0, 0.0, 1.0, 0.0]]), torch.tensor([[9.0, 0.25, 0.5, 7.0]]), torch.tensor([[0.0, 1.0, 1.0, 0.0]]), 1.0, 1.0)
+        got = ppo.gae(
+            torch.tensor([[0.0, 0.0, 1.0, 0.0]]),
+            torch.tensor([[9.0, 0.25, 0.5, 7.0]]),
+            torch.tensor([[0.0, 1.0, 1.0, 0.0]]),
+            1.0,
+            1.0,
+        )
         self.assertEqual(got.tolist(), [[0.0, 0.75, 0.5, 0.0]])
 
     def test_ppo_loss_by_hand(self):
@@ -404,7 +473,9 @@ class PPO(unittest.TestCase):
         advantages = torch.tensor([[1.0, 1.0, -1.0, 1.0, -1.0, 100.0]])
         mask = torch.tensor([[1.0, 1.0, 1.0, 1.0, 1.0, 0.0]])
         # min(ratio A, clip(ratio) A) = 1, 1.2, -1.5, 0.5, -0.8; the last is masked; their mean is 0.08
-        self.assertAlmostEqual(ppo.ppo_loss(ratio.log(), torch.zeros(1, 6), advantages, mask, 0.2).item(), -0.08, places=6)
+        self.assertAlmostEqual(
+            ppo.ppo_loss(ratio.log(), torch.zeros(1, 6), advantages, mask, 0.2).item(), -0.08, places=6
+        )
 
     def test_explained_variance(self):
         returns, mask = torch.tensor([[0.0, 1.0, 5.0]]), torch.tensor([[1.0, 1.0, 0.0]])
@@ -425,7 +496,11 @@ class PPO(unittest.TestCase):
         """The log-probabilities are those of the distribution that sampled: full forward, divided by the temperature."""
         batch = self.rollout()
         with torch.no_grad(), ppo.autocast(CPU):
-            expected = (self.policy(batch["states"])[0].float() / 1.5).log_softmax(-1).gather(-1, batch["actions"][..., None])[..., 0]
+            expected = (
+                (self.policy(batch["states"])[0].float() / 1.5)
+                .log_softmax(-1)
+                .gather(-1, batch["actions"][..., None])[..., 0]
+            )
         torch.testing.assert_close(batch["old_logp"], expected)
         torch.testing.assert_close(batch["ref_logp"], expected)
 
@@ -434,7 +509,9 @@ class PPO(unittest.TestCase):
         with torch.no_grad():
             for p in self.policy.parameters():  # away from the reference, so that the KL penalty has a gradient
                 p += 0.01 * torch.randn_like(p)
-        batch["old_logp"] = ppo.token_logp(ppo.tempered(self.policy, batch["states"], 1.5)[0], batch["actions"]).detach()
+        batch["old_logp"] = ppo.token_logp(
+            ppo.tempered(self.policy, batch["states"], 1.5)[0], batch["actions"]
+        ).detach()
         ppo.update(self.policy, self.value_head, self.sgd(), batch, self.args, torch.Generator().manual_seed(0))
         updated = [p.grad.clone() for p in self.policy.parameters()]
 
@@ -457,9 +534,18 @@ class PPO(unittest.TestCase):
         batch = self.rollout()
         means = []
         for extra in (0, 5):  # the same batch, then with five more columns of rubbish beyond every answer
-            padded = {name: x if x.dim() == 1 else torch.cat([x, torch.ones_like(x[:, :extra]) * (0 if name == "mask" else 3)], 1) for name, x in batch.items()}
+            padded = {
+                name: (
+                    x
+                    if x.dim() == 1
+                    else torch.cat([x, torch.ones_like(x[:, :extra]) * (0 if name == "mask" else 3)], 1)
+                )
+                for name, x in batch.items()
+            }
             policy = tiny_model(std=0.25, block_size=60)
-            policy.load_state_dict({name: F.pad(p, (0, 0, 0, 12)) if "wpe" in name else p for name, p in self.policy.state_dict().items()})
+            policy.load_state_dict(
+                {name: F.pad(p, (0, 0, 0, 12)) if "wpe" in name else p for name, p in self.policy.state_dict().items()}
+            )
             optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
             stats = ppo.update(policy, self.value_head, optimizer, padded, self.args, torch.Generator().manual_seed(0))
             means.append(list(stats.values()) + [policy.transformer.h[0].mlp.c_fc.weight.sum().item()])
@@ -478,7 +564,9 @@ class PPO(unittest.TestCase):
 
     def test_critic_leaves_the_policy_alone(self):
         batch, args = self.rollout(), ppo.parse_args(["--kl_coef", "0", "--entropy_coef", "0", "--minibatches", "1"])
-        batch["returns"], batch["advantages"] = torch.full_like(batch["returns"], 50.0), torch.zeros_like(batch["advantages"])
+        batch["returns"], batch["advantages"] = torch.full_like(batch["returns"], 50.0), torch.zeros_like(
+            batch["advantages"]
+        )
         self.value_head.zero_grad()
         ppo.update(self.policy, self.value_head, self.sgd(), batch, args, torch.Generator().manual_seed(0))
         self.assertEqual(sum(p.grad.abs().sum().item() for p in self.policy.parameters()), 0.0)
@@ -504,9 +592,17 @@ class Analyze(unittest.TestCase):
         self.assertEqual(data.first_error(right[:50], 367, 28), 50)
         wrong = right.replace("[2,8]", "[2,2]")
         self.assertEqual(data.first_error(wrong, 367, 28), right.index("8] , A"))
-        for part, where in (("nput", "prompt"), ("scratch", "tag"), ("8] , A", "line 1, operand 2"), ("3,6,7", "line 1, operand 1"),
-                            ("15 , A", "line 1, sum"), ("6] + [2]", "line 2, operand 1"), ("[] + []", "line 4, operand 1"),
-                            ("</scr", "tag"), ("3 9 5", "result")):
+        for part, where in (
+            ("nput", "prompt"),
+            ("scratch", "tag"),
+            ("8] , A", "line 1, operand 2"),
+            ("3,6,7", "line 1, operand 1"),
+            ("15 , A", "line 1, sum"),
+            ("6] + [2]", "line 2, operand 1"),
+            ("[] + []", "line 4, operand 1"),
+            ("</scr", "tag"),
+            ("3 9 5", "result"),
+        ):
             self.assertEqual(data.place(367, 28, right.index(part)), where)
         self.assertEqual(data.describe_error(wrong, 367, 28), "line 1, operand 2: wrote '2' for '8'")
         self.assertEqual(data.describe_error(right[:-1], 367, 28), "result: wrote '' for '\\n'")
@@ -520,7 +616,9 @@ class Analyze(unittest.TestCase):
             sure[i] = 0.5
         n = len(text) - len(data.prompt(367, 28))
         rows = analyze.table_1([text], [(367, 28)], [sure], 2)
-        self.assertAlmostEqual(rows["critical (mean)"][0], 0.5 - (n - 5 + 4 * 0.5) / (n - 1))  # four others are critical as well
+        self.assertAlmostEqual(
+            rows["critical (mean)"][0], 0.5 - (n - 5 + 4 * 0.5) / (n - 1)
+        )  # four others are critical as well
         self.assertAlmostEqual(rows["non-critical (mean)"][0], 1 - (n - 6 + 5 * 0.5) / (n - 1))
 
     def test_groups_and_labels(self):
@@ -561,11 +659,36 @@ class Scripts(unittest.TestCase):
         self.fails(pretrain, ["--digits", "-3"], "--digits -3")
         self.fails(pretrain, ["--digits", "9", "--block_size", "400"], "--block_size 758")
         self.fails(pretrain, ["--device", "abacus"], "abacus", "--device cpu")
-        for name, bad in (("alpha", "-1"), ("alpha", "nan"), ("alpha", "inf"), ("kl_coef", "-1"), ("kl_coef", "nan"), ("temperature", "0"), ("lr", "nan"), ("clip", "0"),
-                          ("gamma", "1.1"), ("gae_lambda", "-0.1"), ("digits", "0"), ("extra_digits", "0"), ("episodes", "0"), ("minibatches", "65"), ("epochs", "0"),
-                          ("iterations", "-1"), ("eval_every", "0"), ("eval_problems", "0"), ("final_problems", "0")):
+        for name, bad in (
+            ("alpha", "-1"),
+            ("alpha", "nan"),
+            ("alpha", "inf"),
+            ("kl_coef", "-1"),
+            ("kl_coef", "nan"),
+            ("temperature", "0"),
+            ("lr", "nan"),
+            ("clip", "0"),
+            ("gamma", "1.1"),
+            ("gae_lambda", "-0.1"),
+            ("digits", "0"),
+            ("extra_digits", "0"),
+            ("episodes", "0"),
+            ("minibatches", "65"),
+            ("epochs", "0"),
+            ("iterations", "-1"),
+            ("eval_every", "0"),
+            ("eval_problems", "0"),
+            ("final_problems", "0"),
+        ):
             self.fails(ppo, [f"--{name}", bad], f"--{name}")
-        for name, bad in (("steps", "0"), ("batch_size", "0"), ("lr", "nan"), ("lr", "-1"), ("warmup", "0"), ("eval_problems", "0")):
+        for name, bad in (
+            ("steps", "0"),
+            ("batch_size", "0"),
+            ("lr", "nan"),
+            ("lr", "-1"),
+            ("warmup", "0"),
+            ("eval_problems", "0"),
+        ):
             self.fails(pretrain, [f"--{name}", bad], f"--{name}")
         self.assertEqual(os.listdir(), [], "nothing was written")
 
@@ -582,7 +705,13 @@ class Scripts(unittest.TestCase):
             with open("cut.pt", "wb") as f:
                 f.write(good[:cut])
             self.fails(ppo, ["--checkpoint", "cut.pt", "--digits", "1"], "cut.pt", "pretrain.py")
-        for foreign in ([1, 2, 3], {"model": {}}, torch.zeros(3), {"vocab": data.VOCAB, "config": {"width": 3}, "model": {}}, {"vocab": "abc"}):
+        for foreign in (
+            [1, 2, 3],
+            {"model": {}},
+            torch.zeros(3),
+            {"vocab": data.VOCAB, "config": {"width": 3}, "model": {}},
+            {"vocab": "abc"},
+        ):
             torch.save(foreign, "foreign.pt")
             self.fails(ppo, ["--checkpoint", "foreign.pt", "--digits", "1"], "foreign.pt")
         with open("text.pt", "w") as f:
@@ -608,7 +737,11 @@ class Scripts(unittest.TestCase):
             self.assertEqual(f.read(), "in the way")
 
     def test_exit_code_2_and_one_line(self):
-        for script, argv in (("ppo.py", ["--alpha", "nan"]), ("pretrain.py", ["--digits", "0"]), ("analyze.py", ["tokens", "nowhere.pt"])):
+        for script, argv in (
+            ("ppo.py", ["--alpha", "nan"]),
+            ("pretrain.py", ["--digits", "0"]),
+            ("analyze.py", ["tokens", "nowhere.pt"]),
+        ):
             done = subprocess.run([sys.executable, os.path.join(HERE, script), *argv], capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (2, "", 1), done.stderr)
             self.assertTrue(done.stderr.startswith(f"{script}: error: "))
@@ -626,11 +759,36 @@ class Scripts(unittest.TestCase):
         rows = []
         for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
             quiet(pretrain.main, argv + ["--seed", seed, "--out", name])
-            quiet(ppo.main, ["--digits", "1", "--checkpoint", f"{name}/model.pt", "--iterations", "2", "--episodes", "4", "--eval_problems", "4", "--final_problems", "4", "--eval_every", "1",
-                             "--device", "cpu", "--out", name + "2"])
+            quiet(
+                ppo.main,
+                [
+                    "--digits",
+                    "1",
+                    "--checkpoint",
+                    f"{name}/model.pt",
+                    "--iterations",
+                    "2",
+                    "--episodes",
+                    "4",
+                    "--eval_problems",
+                    "4",
+                    "--final_problems",
+                    "4",
+                    "--eval_every",
+                    "1",
+                    "--device",
+                    "cpu",
+                    "--out",
+                    name + "2",
+                ],
+            )
             with open(name + "2/log.csv", newline="") as f:
-                log = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in csv.DictReader(f)]
-            rows.append((log, [p.tolist() for p in pretrain.load_checkpoint(name + "2/model.pt", CPU)[0].state_dict().values()]))
+                log = [
+                    {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in csv.DictReader(f)
+                ]
+            rows.append(
+                (log, [p.tolist() for p in pretrain.load_checkpoint(name + "2/model.pt", CPU)[0].state_dict().values()])
+            )
             self.assertEqual([int(row["iteration"]) for row in log], [0, 1, 2])
             self.assertEqual(list(log[0]), [c for c in ppo.COLUMNS if c not in ("seconds", "tokens_per_s")])
         self.assertEqual(rows[0], rows[1])
@@ -638,14 +796,35 @@ class Scripts(unittest.TestCase):
 
     def test_end_to_end(self):
         """Pre-training that really learns 1-digit addition, then PPO on 2 digits, then the figures of both."""
-        _, printed = quiet(pretrain.main, ["--digits", "1", "--steps", "1000", "--eval_problems", "50", "--device", "cpu"])
+        _, printed = quiet(
+            pretrain.main, ["--digits", "1", "--steps", "1000", "--eval_problems", "50", "--device", "cpu"]
+        )
         self.assertIn("identical", printed)
         pretrained = "out/pretrain_n1_small_steps1000_eval_problems50_seed0/model.pt"
         all_pairs = [(a, b) for a in range(10) for b in range(10)]
         model, _ = pretrain.load_checkpoint(pretrained, CPU)
         self.assertGreaterEqual(pretrain.solve(model, all_pairs)[0].mean(), 0.8)  # 90 of the 100 were trained on
-        (before, _), printed = quiet(ppo.main, ["--digits", "1", "--checkpoint", pretrained, "--iterations", "3", "--episodes", "16",
-                                                "--eval_problems", "8", "--final_problems", "50", "--eval_every", "2", "--device", "cpu"])
+        (before, _), printed = quiet(
+            ppo.main,
+            [
+                "--digits",
+                "1",
+                "--checkpoint",
+                pretrained,
+                "--iterations",
+                "3",
+                "--episodes",
+                "16",
+                "--eval_problems",
+                "8",
+                "--final_problems",
+                "50",
+                "--eval_every",
+                "2",
+                "--device",
+                "cpu",
+            ],
+        )
         self.assertEqual(set(before), {(mode, length) for mode in ("identical", "varying") for length in (1, 2)})
         run = "out/ppo_alpha3_digits1_iterations3_episodes16_eval_every2_eval_problems8_final_problems50_seed0"
         with open(run + "/settings.json") as f:
