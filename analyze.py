@@ -5,7 +5,6 @@
 
 Pictures go to out/figures.
 """
-import argparse
 import csv
 import json
 import os
@@ -18,7 +17,7 @@ import torch
 import data
 import pretrain
 from kl import certainty
-from pretrain import UserError, bootstrap, sample_problems, solve
+from pretrain import UserError, bootstrap, sample_problems, solve, within
 
 matplotlib.use("Agg")  # pictures go to files: no screen is needed
 import matplotlib.pyplot as plt
@@ -53,6 +52,8 @@ def table_1(texts, pairs, certainties, n_digits):
     for text, (a, b), sure in zip(texts, pairs, certainties):
         error = data.first_error(text, a, b)
         answer = np.arange(len(data.prompt(a, b)), len(text) if error is None else min(error + 1, len(text)))
+        if len(answer) < 2:
+            continue
         is_critical = np.isin(answer, list(data.critical_positions(a, b, n_digits).values()))
         others_mean = (sure[answer].sum() - sure[answer]) / (len(answer) - 1)
         difference = sure[answer] - others_mean
@@ -89,15 +90,13 @@ def draw_tokens(texts, certainties, titles):
     for axis, text, sure, title in zip(axes[:, 0], texts, certainties, titles):
         column, row = 0, 0
         for char, s in zip(text, sure):
-            if char == "\n":
-                if s < 0.99:
-                    axis.add_patch(plt.Rectangle((column, row), 1, 1, color=colour(s), lw=0))
-                column, row = 0, row + 1
-                continue
             if s < 0.99:
                 axis.add_patch(plt.Rectangle((column, row), 1, 1, color=colour(s), lw=0))
-            axis.text(column + 0.5, row + 0.55, char, ha="center", va="center", family="monospace", fontsize=7)
-            column += 1
+            if char == "\n":
+                column, row = 0, row + 1
+            else:
+                axis.text(column + 0.5, row + 0.55, char, ha="center", va="center", family="monospace", fontsize=7)
+                column += 1
         axis.set(xlim=(0, width), ylim=(row + 1, 0))
         axis.set_title(title, fontsize=8, loc="left")
         axis.axis("off")
@@ -214,22 +213,20 @@ def curves(args):
 
 
 def main(argv=None):
-    ap = argparse.ArgumentParser(description="Tables and figures from checkpoints and run logs.")
+    ap = pretrain.Parser(description="Tables and figures from checkpoints and run logs.")
     verbs = ap.add_subparsers(dest="verb", required=True)
-    with_defaults = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    verb = verbs.add_parser("tokens", help="where a model is unsure, where its failures begin (Figure 5, Table 1)",
-                            **with_defaults)
+    verb = verbs.add_parser("tokens", help="where a model is unsure, where its failures begin (Figure 5, Table 1)")
     verb.add_argument("checkpoint", help="a model.pt of pretrain.py or ppo.py")
-    verb.add_argument("--problems", type=int, default=50, help="held-out problems to solve")
-    verb.add_argument("--extra_digits", type=int, default=1, help="k: problems of N+k digits")
-    verb.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
-    verb.add_argument("--show", type=int, default=3, help="answers to show in colour, failures first")
-    verb.add_argument("--seed", type=int, default=1, help="of the problems")
+    verb.add_argument("--problems", type=pretrain.COUNT, default=50, help="held-out problems to solve")
+    verb.add_argument("--extra_digits", type=within(int, 0, 50), default=1, help="k: problems of N+k digits")
+    verb.add_argument("--temperature", type=within(float, 0, 1e3), default=0.0, help="0 = greedy")
+    verb.add_argument("--show", type=pretrain.COUNT, default=3, help="answers to show in colour, failures first")
+    verb.add_argument("--seed", type=pretrain.SEED, default=1, help="of the problems")
     verb.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
     verb.set_defaults(run=tokens)
 
-    verb = verbs.add_parser("curves", help="learning curves; mean and 95%% band where seeds repeat", **with_defaults)
+    verb = verbs.add_parser("curves", help="learning curves; mean and 95%% band where seeds repeat")
     verb.add_argument("runs", nargs="+", help="folders of runs, all of pretrain.py or all of ppo.py")
     verb.set_defaults(run=curves)
 

@@ -14,7 +14,7 @@ def entropy(logits):
 
 def certainty(ref_logits):
     """Eq. 2: J(s) = (H_max - H(pi_ref(.|s))) / H_max.  (B, T, V) -> (B, T): 0 = uniform, 1 = one-hot."""
-    h_max = entropy(torch.zeros_like(ref_logits[..., :1, :]))  # of the uniform distribution: log V
+    h_max = entropy(torch.zeros_like(ref_logits[..., :1, :]))  # log V, rounded as H is: a uniform gives exactly 0
     return ((h_max - entropy(ref_logits)) / h_max).clamp(0, 1)
 
 

@@ -110,13 +110,16 @@ class GPT(nn.Module):
         B, T = idx.shape
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit the block of {self.config.block_size}")
+        if start > 0 and T > 1:
+            raise ValueError("with a cache that is not empty, the tokens come one at a time")
         pos = torch.arange(start, start + T, device=idx.device)
         pos = pos if offset is None else offset[:, None] + pos
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)
         for i, block in enumerate(self.transformer.h):
             x = block(x, None if cache is None else cache[i], start)
-        hidden = self.transformer.ln_f(x)
-        return self.lm_head(hidden), hidden
+        hidden = self.transformer.ln_f(x).float()
+        with torch.autocast(idx.device.type, enabled=False):  # float32: bfloat16 would round logits of 10 to 1/16
+            return F.linear(hidden, self.lm_head.weight.float()), hidden
 
 
 SLASH, LINE_BREAK = VOCAB.index("/"), VOCAB.index("\n")
@@ -152,7 +155,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     start, t = 0, int(prompt_len.min())  # the cache holds positions 0 .. start - 1; t is the next position to fill
     while t < T:
         logits, _ = model(ids[:, start:t], cache=cache, start=start)
-        logits = logits[:, -1].float()  # (B, V)
+        logits = logits[:, -1]  # (B, V)
         if temperature == 0:
             choice = logits.argmax(-1)
         else:

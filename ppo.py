@@ -7,9 +7,7 @@ answer. The reward is 0 until the end and there 1 if the result is right. The lo
 pre-trained model with the prioritized KL penalty of kl.py. Writes out/<run>/model.pt, log.csv and settings.json.
 B sequences, T actions, V vocabulary; every (B, T) tensor is aligned to the actions, see model.split_actions.
 """
-import argparse
 import copy
-import csv
 import math
 import os
 import time
@@ -24,7 +22,8 @@ import data
 import pretrain
 from kl import certainty, prioritized_kl
 from model import PRESETS, generate, split_actions
-from pretrain import UserError, answer_loss, autocast, bootstrap, require, sample_problems, solve, to_batch, to_sample
+from pretrain import (COUNT, SEED, Parser, UserError, answer_loss, autocast, bootstrap, sample_problems, solve,
+                      start_log, to_batch, to_sample, within)
 
 
 # --------------------------------------------------------------------------- the algorithm, as pure functions
@@ -62,7 +61,7 @@ def ppo_loss(new_logp, old_logp, advantages, mask, clip):
     While new_logp equals old_logp, the ratio is 1, nothing is clipped, and the gradient is that of
     -advantages * new_logp. With one epoch of one minibatch that is always so: PPO is then A2C, the paper's algorithm.
     """
-    ratio = (new_logp - old_logp).exp()
+    ratio = ((new_logp - old_logp) * mask).exp()
     return -masked_mean(torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages), mask)
 
 
@@ -84,7 +83,7 @@ def tempered(model, states, temperature):
     """states (B, T) -> logits / temperature (B, T, V): what samples and what scores; and hidden states (B, T, C)."""
     with autocast(states.device):
         logits, hidden = model(states)
-    return logits.float() / temperature, hidden.float()
+    return logits / temperature, hidden
 
 
 def slices(n, device):
@@ -196,8 +195,10 @@ def evaluate(policy, problems_n, problems_nk, old_problems, temperature):
         row[f"greedy_{name}"] = float(solve(policy, pairs, 0)[0].mean())
         row[f"sampled_{name}"] = float(solve(policy, pairs, temperature)[0].mean())
     ids, prompt_len, lengths = to_batch(old_problems, policy.lm_head.weight.device)
-    losses = [answer_loss(policy, ids[rows], prompt_len[rows], lengths[rows]) for rows in slices(len(ids), ids.device)]
-    return row | dict(ce_old=torch.stack(losses).mean().item())
+    n_tokens = lengths - prompt_len  # answer_loss is a mean over tokens: weighted by them, the slices do not matter
+    ce = sum(answer_loss(policy, ids[rows], prompt_len[rows], lengths[rows]) * n_tokens[rows].sum()
+             for rows in slices(len(ids), ids.device)) / n_tokens.sum()
+    return row | dict(ce_old=ce.item())
 
 
 COLUMNS = ["iteration", "episodes", "success", "kl", "penalty", "entropy", "clip_fraction", "value_loss",
@@ -206,49 +207,42 @@ COLUMNS = ["iteration", "episodes", "success", "kl", "penalty", "entropy", "clip
 
 
 def parse_args(argv):
-    ap = argparse.ArgumentParser(description="Fine-tune a pre-trained model with PPO on additions of N+k digits.",
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = ap.add_argument
-    add("--alpha", type=float, default=3.0, help="certainty exponent (the paper's beta); 0 = standard KL")
-    add("--kl_coef", type=float, default=0.3, help="coefficient of the KL penalty (the paper's alpha); 0 = none")
-    add("--digits", type=int, default=5, help="N: the model was pre-trained on 1..N digits")
-    add("--extra_digits", type=int, default=1, help="k: fine-tune on N+k digits")
+    ap = Parser(description="Fine-tune a pre-trained model with PPO on additions of N+k digits.")
+    add, positive, rate, share = ap.add_argument, within(float, 0, 1e9), within(float, 0, 1e3), within(float, 0, 1)
+    add("--alpha", type=positive, default=3.0, help="certainty exponent (the paper's beta); 0 = standard KL")
+    add("--kl_coef", type=positive, default=0.3, help="coefficient of the KL penalty (the paper's alpha); 0 = none")
+    add("--digits", type=within(int, 1, 50), default=5, help="N: the model was pre-trained on 1..N digits")
+    add("--extra_digits", type=within(int, 1, 50), default=1, help="k: fine-tune on N+k digits")
     add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")
     add("--checkpoint", default="", help="pre-trained model; default: that of pretrain.py with these settings")
-    add("--pretrain_seed", type=int, default=0, help="seed of the default pre-trained model")
-    add("--iterations", type=int, default=40, help="of rollout and update")
-    add("--episodes", type=int, default=64, help="answers a rollout")
-    add("--epochs", type=int, default=1, help="passes over a rollout; 1 with --minibatches 1 is A2C, as in the paper")
-    add("--minibatches", type=int, default=2, help="optimizer steps an epoch")
-    add("--lr", type=float, default=1e-4, help="learning rate of the policy (Adam)")
-    add("--value_lr", type=float, default=1e-3, help="learning rate of the critic (Adam)")
-    add("--clip", type=float, default=0.2, help="the ratio new/old probability is clipped to 1 +- this")
-    add("--entropy_coef", type=float, default=0.0005, help="coefficient of the entropy bonus")
-    add("--gamma", type=float, default=1.0, help="discount")
-    add("--gae_lambda", type=float, default=1.0, help="lambda of GAE; 1: the final reward reaches all tokens alike")
-    add("--temperature", type=float, default=1.0, help="of sampling and of all log-probabilities")
-    add("--eval_every", type=int, default=10, help="iterations between evaluations on held-out problems")
-    add("--eval_problems", type=int, default=64, help="held-out problems in each of these")
-    add("--final_problems", type=int, default=250, help="held-out problems in each cell of the tables before and after")
-    add("--seed", type=int, default=0, help="of problems, sampling and minibatches")
+    add("--pretrain_seed", type=SEED, default=0, help="seed of the default pre-trained model")
+    add("--iterations", type=within(int, 0, 10**9), default=40, help="of rollout and update")
+    add("--episodes", type=COUNT, default=64, help="answers a rollout")
+    add("--epochs", type=COUNT, default=1, help="passes over a rollout; 1 with --minibatches 1 is A2C, as in the paper")
+    add("--minibatches", type=COUNT, default=2, help="optimizer steps an epoch, at most one an episode")
+    add("--lr", type=rate, default=1e-4, help="learning rate of the policy (Adam)")
+    add("--value_lr", type=rate, default=1e-3, help="learning rate of the critic (Adam)")
+    add("--clip", type=rate, default=0.2, help="the ratio new/old probability is clipped to 1 +- this")
+    add("--entropy_coef", type=rate, default=0.0005, help="coefficient of the entropy bonus")
+    add("--gamma", type=share, default=1.0, help="discount")
+    add("--gae_lambda", type=share, default=1.0, help="lambda of GAE; 1: the final reward reaches all tokens alike")
+    add("--temperature", type=within(float, 1e-3, 1e3), default=1.0, help="of sampling and of all log-probabilities")
+    add("--eval_every", type=COUNT, default=10, help="iterations between evaluations on held-out problems")
+    add("--eval_problems", type=COUNT, default=64, help="held-out problems in each of these")
+    add("--final_problems", type=COUNT, default=250, help="held-out problems in each cell of the final tables")
+    add("--seed", type=SEED, default=0, help="of problems, sampling and minibatches")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
     add("--out", default="", help="folder for the run; default: out/ppo_<settings that differ from the defaults>")
     args = ap.parse_args(argv)
-    args.out = args.out or pretrain.default_folder(f"ppo_alpha{args.alpha:g}", ap, args, ("alpha", "checkpoint"))
+    if args.minibatches > args.episodes:
+        raise UserError(f"{args.minibatches} minibatches of {args.episodes} episodes; lower --minibatches")
+    args.out = args.out or pretrain.default_folder(f"ppo_alpha{args.alpha:g}", ap, args, ("alpha",))
     return args
 
 
 def main(argv=None):
     # 1. Settings, and the pre-trained model: where the policy starts and, frozen, the reference.
     args = parse_args(argv)
-    require(args, alpha=0 <= args.alpha < math.inf, kl_coef=0 <= args.kl_coef < math.inf, digits=args.digits >= 1,
-            extra_digits=args.extra_digits >= 1, iterations=args.iterations >= 0, episodes=args.episodes >= 1,
-            epochs=args.epochs >= 1, minibatches=1 <= args.minibatches <= args.episodes,
-            lr=0 <= args.lr < math.inf, value_lr=0 <= args.value_lr < math.inf, clip=0 < args.clip < math.inf,
-            entropy_coef=math.isfinite(args.entropy_coef), gamma=0 <= args.gamma <= 1,
-            gae_lambda=0 <= args.gae_lambda <= 1, temperature=0 < args.temperature < math.inf,
-            eval_every=args.eval_every >= 1, eval_problems=args.eval_problems >= 1,
-            final_problems=args.final_problems >= 1)
     device = pretrain.get_device(args.device)
     n, k, long = args.digits, args.extra_digits, args.digits + args.extra_digits
     if not args.checkpoint:
@@ -266,7 +260,8 @@ def main(argv=None):
     if data.max_length(long) > reference.config.block_size:
         raise UserError(f"{long} digits need a block of {data.max_length(long)}, {args.checkpoint} has "
                         f"{reference.config.block_size}; pre-train with --block_size {data.max_length(long)}")
-    pretrain.make_folder(args.out, vars(args))
+    if os.path.abspath(args.out) == os.path.dirname(os.path.abspath(args.checkpoint)):
+        raise UserError(f"--out {args.out} holds the pre-trained model itself; choose another folder")
 
     torch.manual_seed(args.seed)
     reference.requires_grad_(False)
@@ -282,6 +277,7 @@ def main(argv=None):
                sample_problems(args.eval_problems, long, "varying", seed=2),
                sample_problems(args.eval_problems, n, "train", seed=2))
     critical_problems = sample_problems(32, n, "rl", seed=2, extra_digits=k)
+    f, log = start_log(args.out, vars(args), COLUMNS)
     before = {cell: bootstrap(solve(policy, pairs)[0]) for cell, pairs in tests.items()}
     title = f"greedy, {args.final_problems} held-out problems a cell"
     pretrain.print_table(before, f"before: {title}")
@@ -291,11 +287,9 @@ def main(argv=None):
     # 3. Train. Every random number of an iteration follows from the seed and the iteration alone.
     started = time.time()
     print(" it success      kl penalty entropy  clip  value expl.var weight  critical: p certainty  tokens/s")
-    with open(os.path.join(args.out, "log.csv"), "w", newline="") as f:
-        log = csv.DictWriter(f, COLUMNS)
-        log.writeheader()
+    with f:
         for iteration in tqdm(range(args.iterations + 1), desc="ppo", unit="it", dynamic_ncols=True):
-            row, figures = dict(iteration=iteration, episodes=iteration * args.episodes), " " * 58
+            row, figures = dict(iteration=iteration, episodes=iteration * args.episodes), " " * 60
             if iteration > 0:  # row 0 of the log is the pre-trained model
                 begun, rng = time.time(), np.random.default_rng([args.seed, iteration])
                 pairs = [data.sample_pair(rng, n, "rl", k) for _ in range(args.episodes)]
@@ -308,14 +302,19 @@ def main(argv=None):
                 figures = ("{success:7.2f} {kl:7.4f} {penalty:7.4f} {entropy:7.4f} {clip_fraction:5.3f} "
                            "{value_loss:6.3f} {explained_variance:8.2f} {weight:6.3f}").format_map(row)
             row |= critical_tokens(policy, critical_problems, n, args.temperature)
+            for name in ("kl", "penalty", "value_loss", "p_critical"):
+                if not math.isfinite(row.get(name, 0)):
+                    raise UserError(f"{name} is {row[name]} at iteration {iteration}; lower --lr or --kl_coef; "
+                                    f"{args.out}/model.pt is that of the last evaluation")
             tqdm.write(f"{iteration:3d} {figures}  {row['p_critical']:11.3f} {row['certainty_critical']:9.3f}  "
                        f"{row.get('tokens_per_s', 0):8,.0f}")
             if iteration % args.eval_every == 0 or iteration == args.iterations:
                 row |= evaluate(policy, *watched, args.temperature)
                 tqdm.write("    N: greedy {greedy_n:.0%}, sampled {sampled_n:.0%};  N+k: greedy {greedy_nk:.0%}, "
                            "sampled {sampled_nk:.0%};  cross-entropy on 1..N: {ce_old:.5f}".format_map(row))
-                pretrain.save_checkpoint(os.path.join(args.out, "model.pt"), policy, digits=n, step=iteration,
-                                         settings=vars(args))
+                if iteration > 0 or args.iterations == 0:
+                    pretrain.save_checkpoint(os.path.join(args.out, "model.pt"), policy, digits=n, step=iteration,
+                                             settings=vars(args))
             row["seconds"] = time.time() - started
             log.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
             f.flush()

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import struct
 import sys
 import time
 from dataclasses import asdict
@@ -36,16 +37,39 @@ def run(main):
     try:
         main()
     except UserError as error:
-        sys.exit(print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr) or 2)
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(print("\ninterrupted", file=sys.stderr) or 130)
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
 
 
-def require(args, **valid):
-    """require(args, lr=args.lr > 0): a UserError naming the first setting that is not valid. (nan is never valid.)"""
-    for name, good in valid.items():
-        if not good:
-            raise UserError(f"--{name} {getattr(args, name)} cannot work; see --help")
+class Parser(argparse.ArgumentParser):
+    """argparse, with our one-line errors, and defaults shown in --help."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def within(kind, low, high):
+    """An argparse type: int or float text to a number from low to high. nan is never within."""
+    def parse(text):
+        number = kind(text)
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return number
+    parse.__name__ = kind.__name__  # argparse names it for text that is no number at all
+    return parse
+
+
+COUNT, SEED = within(int, 1, 10**9), within(int, 0, 2**62)
+
+
+def first_line(error):
+    return (str(error).splitlines() or [""])[0]
 
 
 def get_device(name):
@@ -53,16 +77,17 @@ def get_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        torch.zeros(1, device=name).cpu()
+        return torch.device(name)
     except (RuntimeError, AssertionError) as error:  # torch raises either, by device, for one that is not there
-        raise UserError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
+        raise UserError(f"device {name!r} cannot be used ({first_line(error)}); try --device cpu") from None
 
 
 def has_fast_bfloat16(device):
     """Whether the hardware multiplies matrices in bfloat16, and so about twice as fast or more."""
     if device.type == "cpu":  # AMX or AVX-512 BF16; older releases of PyTorch cannot tell
         return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast(device):
@@ -84,7 +109,7 @@ def save_checkpoint(path, model, **facts):
         torch.save(checkpoint, path + ".tmp")
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path} ({error}); choose another folder with --out") from None
+        raise UserError(f"cannot write {path} ({first_line(error)}); choose another folder with --out") from None
 
 
 def load_checkpoint(path, device):
@@ -92,35 +117,38 @@ def load_checkpoint(path, device):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["vocab"] != data.VOCAB:
-            raise UserError(f"{path} has another vocabulary ({checkpoint['vocab']!r}); pre-train again")
+            raise UserError(f"{path} has another vocabulary than data.py; pre-train again")
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         checkpoint["digits"]  # both scripts save it
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}; make one with pretrain.py") from None
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError) as error:
-        cause = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{path} is not a whole checkpoint of this project ({type(error).__name__}: {cause}); "
-                        "delete it and make it again with pretrain.py") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); give the model.pt that pretrain.py made") from None
+    except (EOFError, RuntimeError, pickle.UnpicklingError, struct.error, LookupError, TypeError, ValueError,
+            AttributeError, ArithmeticError) as error:
+        raise UserError(f"{path} is not a whole checkpoint of this project ({type(error).__name__}: "
+                        f"{first_line(error)}); make it again with pretrain.py") from None
     return model.to(device).eval(), checkpoint
 
 
 def default_folder(prefix, parser, args, unnamed):
     """out/<prefix>_<settings that differ from the defaults>_seed<seed>: runs with other settings never meet."""
-    changed = [f"{name}{value}" for name, value in vars(args).items()
+    changed = [f"{name}{value}".replace(os.sep, "-") for name, value in vars(args).items()
                if value != parser.get_default(name) and name not in (*unnamed, "seed", "device", "out")]
     return "out/" + "_".join([prefix, *changed, f"seed{args.seed}"])
 
 
-def make_folder(path, settings):
-    """Create the run's folder with its settings.json; returns the path."""
+def start_log(folder, settings, columns):
+    """Make the run's folder with settings.json and an empty log.csv -> the log's file and its csv.DictWriter."""
     try:
-        os.makedirs(path, exist_ok=True)
-        with open(os.path.join(path, "settings.json"), "w") as f:
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "settings.json"), "w") as f:
             json.dump(settings, f, indent=1)
+        f = open(os.path.join(folder, "log.csv"), "w", newline="")
     except OSError as error:
-        raise UserError(f"cannot write to {path} ({error.strerror}); choose another folder with --out") from None
-    return path
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder with --out") from None
+    log = csv.DictWriter(f, columns)
+    log.writeheader()
+    return f, log
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -206,7 +234,7 @@ def answer_loss(model, ids, prompt_len, lengths, offset=None):
     states, actions, mask = split_actions(ids, prompt_len, lengths)
     with autocast(ids.device):
         logits, _ = model(states, offset)  # (B, T-1, V)
-    loss = F.cross_entropy(logits.float().transpose(1, 2), actions, reduction="none")  # (B, T-1)
+    loss = F.cross_entropy(logits.transpose(1, 2), actions, reduction="none")  # (B, T-1)
     return (loss * mask).sum() / mask.sum()
 
 
@@ -221,18 +249,18 @@ def block_for(n_digits):
 
 
 def parse_args(argv):
-    ap = argparse.ArgumentParser(description="Pre-train a GPT-2 from scratch on additions of 1..N digits.",
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = Parser(description="Pre-train a GPT-2 from scratch on additions of 1..N digits.")
     add = ap.add_argument
-    add("--digits", type=int, default=5, help="N: train on operands of 1..N digits")
+    add("--digits", type=within(int, 1, 50), default=5, help="N: train on operands of 1..N digits")
     add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")
-    add("--steps", type=int, default=4000, help="optimizer steps")
-    add("--batch_size", type=int, default=8, help="worked problems a step")
-    add("--lr", type=float, default=3e-3, help="peak learning rate of Muon and AdamW")
-    add("--warmup", type=int, default=100, help="steps of linear warm-up")
-    add("--block_size", type=int, default=0, help="positions of the model; 0: what N+1 digits need, in whole 32s")
-    add("--eval_problems", type=int, default=250, help="held-out problems for each accuracy of the final table")
-    add("--seed", type=int, default=0, help="of initialization and data")
+    add("--steps", type=COUNT, default=4000, help="optimizer steps")
+    add("--batch_size", type=COUNT, default=8, help="worked problems a step")
+    add("--lr", type=within(float, 0, 1e3), default=3e-3, help="peak learning rate of Muon and AdamW")
+    add("--warmup", type=COUNT, default=100, help="steps of linear warm-up")
+    add("--block_size", type=within(int, 0, 10**5), default=0,
+        help="positions of the model; 0: what N+1 digits need, in whole 32s")
+    add("--eval_problems", type=COUNT, default=250, help="held-out problems for each accuracy of the final table")
+    add("--seed", type=SEED, default=0, help="of initialization and data")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
     add("--out", default="", help="folder for the run; default: out/pretrain_<settings>")
     args = ap.parse_args(argv)
@@ -241,22 +269,17 @@ def parse_args(argv):
 
 
 def main(argv=None):
+    # 1. Settings
     args = parse_args(argv)
-    # 1. Settings and what can be wrong with them
-    require(args, digits=args.digits >= 1, steps=args.steps >= 1, batch_size=args.batch_size >= 1,
-            lr=0 < args.lr < math.inf, warmup=args.warmup >= 1, block_size=args.block_size >= 0,
-            eval_problems=args.eval_problems >= 1)
-    block_size = args.block_size or block_for(args.digits + 1)
-    needed = data.max_length(args.digits)
+    block_size, needed = args.block_size or block_for(args.digits + 1), data.max_length(args.digits)
     if needed > block_size:
         raise UserError(f"--digits {args.digits} needs --block_size {needed} or more, not {block_size}")
     device = get_device(args.device)
-    make_folder(args.out, vars(args) | dict(block_size=block_size))
 
     # 2. Model and optimizer
     torch.manual_seed(args.seed)
     model = GPT(GPTConfig(block_size=block_size, **PRESETS[args.preset])).to(device)
-    # Muon for the blocks' weight matrices needs half of AdamW's steps; AdamW for embeddings, biases and layer norms.
+    # Muon for the blocks' weight matrices takes fewer steps than AdamW, which has the embeddings, biases and norms.
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for name, p in model.named_parameters() if p.dim() < 2 or ".h." not in name]
     optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
@@ -271,9 +294,9 @@ def main(argv=None):
     accuracies = dict.fromkeys(watched, 0.0)
     started = since = time.time()
     losses, tokens = [], 0
-    with open(os.path.join(args.out, "log.csv"), "w", newline="") as f:
-        log = csv.DictWriter(f, ["step", "loss", "lr", *watched, "tokens_per_s", "seconds"])
-        log.writeheader()
+    f, log = start_log(args.out, vars(args) | dict(block_size=block_size),
+                       ["step", "loss", "lr", *watched, "tokens_per_s", "seconds"])
+    with f:
         bar = tqdm(range(1, args.steps + 1), desc="pre-train", unit="step", mininterval=1, dynamic_ncols=True)
         for step in bar:
             lr = learning_rate(step - 1, args.steps, args.lr, args.warmup)
@@ -289,7 +312,10 @@ def main(argv=None):
             tokens += ids.numel()
 
             if step % 100 == 0 or step == args.steps:
-                row = dict(step=step, loss=f"{torch.stack(losses).mean().item():.5f}", lr=f"{lr:.6f}",
+                mean_loss = torch.stack(losses).mean().item()
+                if not math.isfinite(mean_loss):
+                    raise UserError(f"the loss is {mean_loss} at step {step}, nothing was saved; lower --lr {args.lr:g}")
+                row = dict(step=step, loss=f"{mean_loss:.5f}", lr=f"{lr:.6f}",
                            tokens_per_s=f"{tokens / (time.time() - since):.0f}")
                 if step % 1000 == 0:
                     accuracies = {name: solve(model, pairs)[0].mean() for name, pairs in watched.items()}

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+from unittest import mock
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def tiny_model(seed=0, block_size=128, n_layer=2, n_embd=16, std=None):
-    """A model of 7,000 parameters. std: spread of random weights; larger than GPT-2's, so that outputs differ."""
+    """A model of 9,000 parameters. std: spread of random weights; larger than GPT-2's, so that outputs differ."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(block_size=block_size, n_layer=n_layer, n_head=2, n_embd=n_embd)).eval()
     if std:
@@ -230,6 +231,14 @@ class Model(unittest.TestCase):
             np.testing.assert_allclose(
                 got.detach().numpy(), numpy_gpt2(self.model.state_dict(), row, n_head=2), atol=1e-4
             )
+
+    def test_greedy_text_is_gpt2s(self):
+        text = list(self.prompts[0])
+        for _ in range(20):
+            text.append(int(numpy_gpt2(self.model.state_dict(), text, n_head=2)[-1].argmax()))
+        ids, lengths = generate(self.model, self.prompts[:1], 20, temperature=0)
+        self.assertEqual(ids[0, : lengths[0]].tolist(), text[: lengths[0]])
+        self.assertEqual(lengths[0], len(text))
 
     def test_another_librarys_gpt2(self):
         try:
@@ -488,13 +497,21 @@ class PPO(unittest.TestCase):
         logits, _ = ppo.tempered(self.policy, batch["states"], self.args.temperature)
         ratio = (ppo.token_logp(logits, batch["actions"]) - batch["old_logp"]).exp()
         self.assertLess(((ratio - 1) * batch["mask"]).abs().max().item(), 1e-5)
+        seen = []
+        with mock.patch.object(
+            ppo, "ppo_loss", side_effect=lambda new, old, a, mask, clip: seen.append((new - old) * mask) or new.sum()
+        ):
+            ppo.update(self.policy, self.value_head, self.sgd(), batch, self.args, torch.Generator().manual_seed(0))
+        self.assertLess(max(x.abs().max().item() for x in seen), 1e-5)
         stats = ppo.update(self.policy, self.value_head, self.sgd(), batch, self.args, torch.Generator().manual_seed(0))
         self.assertEqual(stats["clip_fraction"], 0.0)
         self.assertLess(abs(stats["kl"]), 1e-5, "the policy is still the reference")
 
     def test_one_temperature(self):
         """The log-probabilities are those of the distribution that sampled: full forward, divided by the temperature."""
-        batch = self.rollout()
+        with mock.patch.object(ppo, "generate", side_effect=generate) as sampled:
+            batch = self.rollout()
+        self.assertEqual(sampled.call_args.args[3], 1.5)
         with torch.no_grad(), ppo.autocast(CPU):
             expected = (
                 (self.policy(batch["states"])[0].float() / 1.5)
@@ -621,6 +638,34 @@ class Analyze(unittest.TestCase):
         )  # four others are critical as well
         self.assertAlmostEqual(rows["non-critical (mean)"][0], 1 - (n - 6 + 5 * 0.5) / (n - 1))
 
+    def test_table_1_counts_only_up_to_the_first_error(self):
+        text, start = Data.WORKED.replace("[3,6,7]", "[3,6,9]"), len(data.prompt(367, 28))
+        sure = np.ones(len(text))
+        sure[text.index("9]")] = 0.2  # the critical digit, wrong: the last token that counts
+        sure[text.index("9]") + 1 :] = 0.0
+        rows = analyze.table_1([text, "X"], [(367, 28), (367, 28)], [sure, np.ones(1)], 2)
+        n = text.index("9]") - start + 1
+        self.assertAlmostEqual(rows["critical (least certain)"][0], 0.2 - 1.0)  # all the others are certain
+        self.assertAlmostEqual(
+            rows["critical (mean)"][0], (0.2 - 1.0 + 1 - (n - 2 + 0.2) / (n - 1)) / 2
+        )  # comma, digit
+        self.assertEqual(len(rows["critical (mean)"]), 1, "an answer without tokens has no row")
+
+    def test_curves_with_a_band(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for alpha, seed in itertools.product((0.0, 3.0), (0, 1)):
+                run = f"{folder}/{alpha}_{seed}"
+                f, log = pretrain.start_log(run, dict(alpha=alpha, seed=seed), ["episodes", "success", "kl"])
+                with f:
+                    log.writerows(dict(episodes=i, success=i / 10 + seed, kl="" if i == 0 else alpha) for i in range(5))
+            with mock.patch.object(analyze, "save_figure") as saved:
+                analyze.main(["curves", *[f"{folder}/{name}" for name in sorted(os.listdir(folder))]])
+        axis = saved.call_args.args[0].axes[0]
+        np.testing.assert_allclose(axis.lines[1].get_ydata(), np.arange(5) / 10 + 0.5)  # the mean of two seeds
+        self.assertEqual([line.get_label() for line in axis.lines], ["alpha 0 (2 seeds)", "alpha 3 (2 seeds)"])
+        band = axis.collections[0].get_paths()[0].vertices
+        self.assertEqual((band[:, 1].min(), band[:, 1].max()), (0.0, 1.4), "resampling two seeds reaches both")
+
     def test_groups_and_labels(self):
         runs = [(dict(alpha=a, seed=s, lr=1), {"x": a}) for a in (0, 3) for s in (0, 1)]
         self.assertEqual({k: len(v) for k, v in analyze.group_runs(runs).items()}, {"alpha 0": 2, "alpha 3": 2})
@@ -655,42 +700,35 @@ class Scripts(unittest.TestCase):
         self.assertNotIn("\n", message)
 
     def test_settings_that_cannot_work(self):
-        self.fails(pretrain, ["--digits", "0"], "--digits 0")
-        self.fails(pretrain, ["--digits", "-3"], "--digits -3")
         self.fails(pretrain, ["--digits", "9", "--block_size", "400"], "--block_size 758")
-        self.fails(pretrain, ["--device", "abacus"], "abacus", "--device cpu")
-        for name, bad in (
-            ("alpha", "-1"),
-            ("alpha", "nan"),
-            ("alpha", "inf"),
-            ("kl_coef", "-1"),
-            ("kl_coef", "nan"),
-            ("temperature", "0"),
-            ("lr", "nan"),
-            ("clip", "0"),
-            ("gamma", "1.1"),
-            ("gae_lambda", "-0.1"),
-            ("digits", "0"),
-            ("extra_digits", "0"),
-            ("episodes", "0"),
-            ("minibatches", "65"),
-            ("epochs", "0"),
-            ("iterations", "-1"),
-            ("eval_every", "0"),
-            ("eval_problems", "0"),
-            ("final_problems", "0"),
-        ):
-            self.fails(ppo, [f"--{name}", bad], f"--{name}")
-        for name, bad in (
-            ("steps", "0"),
-            ("batch_size", "0"),
-            ("lr", "nan"),
-            ("lr", "-1"),
-            ("warmup", "0"),
-            ("eval_problems", "0"),
-        ):
-            self.fails(pretrain, [f"--{name}", bad], f"--{name}")
+        self.fails(pretrain, ["--unheard_of", "1"], "--unheard_of", "--help")
+        bad = {"digits": ["0", "-3", "5000", "five"], "seed": ["-1"], "device": ["abacus", "meta"]}
+        bad_ppo = bad | {
+            name: ["nan", "-1", "inf"] for name in ("alpha", "kl_coef", "lr", "value_lr", "entropy_coef", "clip")
+        }
+        bad_ppo |= dict(
+            temperature=["0", "nan"], gamma=["1.1"], gae_lambda=["-0.1"], extra_digits=["0"], episodes=["0"]
+        )
+        bad_ppo |= dict(
+            minibatches=["0", "65"], epochs=["0"], iterations=["-1"], eval_every=["0"], final_problems=["0"]
+        )
+        bad_pretrain = bad | dict(steps=["0"], batch_size=["0"], lr=["nan", "-1"], warmup=["0"], block_size=["-1"])
+        for script, options in ((pretrain, bad_pretrain), (ppo, bad_ppo)):
+            for name, values in options.items():
+                for value in values:
+                    self.fails(script, [f"--{name}", value], name, "")
+        for options in (["--problems", "0"], ["--show", "0"], ["--temperature", "nan"], ["--extra_digits", "-5"]):
+            self.fails(analyze, ["tokens", "model.pt", *options], options[0])
         self.assertEqual(os.listdir(), [], "nothing was written")
+
+    def test_a_run_that_diverges_says_so(self):
+        self.fails(
+            pretrain,
+            ["--digits", "1", "--steps", "6", "--lr", "1000", "--warmup", "1", "--device", "cpu"],
+            "loss is nan",
+            "--lr",
+        )
+        self.assertFalse([name for _, _, names in os.walk(".") for name in names if name == "model.pt"])
 
     def test_checkpoints_that_do_not_fit(self):
         path = self.save(block_size=192)
@@ -755,44 +793,23 @@ class Scripts(unittest.TestCase):
         self.assertEqual(os.listdir(), [path])
 
     def test_same_seed_same_run(self):
-        argv = ["--digits", "1", "--steps", "4", "--batch_size", "2", "--eval_problems", "4", "--device", "cpu"]
-        rows = []
-        for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-            quiet(pretrain.main, argv + ["--seed", seed, "--out", name])
+        tiny = "--digits 1 --steps 4 --batch_size 2 --eval_problems 4 --device cpu --out".split()
+        rl = "--digits 1 --iterations 2 --episodes 4 --eval_problems 4 --final_problems 4 --eval_every 1 --device cpu"
+        results = {}
+        for name, seeds in (("a", "00"), ("same", "00"), ("other model", "10"), ("other rl", "01")):
+            quiet(pretrain.main, [*tiny, name, "--seed", seeds[0]])
             quiet(
-                ppo.main,
-                [
-                    "--digits",
-                    "1",
-                    "--checkpoint",
-                    f"{name}/model.pt",
-                    "--iterations",
-                    "2",
-                    "--episodes",
-                    "4",
-                    "--eval_problems",
-                    "4",
-                    "--final_problems",
-                    "4",
-                    "--eval_every",
-                    "1",
-                    "--device",
-                    "cpu",
-                    "--out",
-                    name + "2",
-                ],
+                ppo.main, [*rl.split(), "--checkpoint", f"{name}/model.pt", "--seed", seeds[1], "--out", f"{name}/rl"]
             )
-            with open(name + "2/log.csv", newline="") as f:
-                log = [
-                    {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in csv.DictReader(f)
-                ]
-            rows.append(
-                (log, [p.tolist() for p in pretrain.load_checkpoint(name + "2/model.pt", CPU)[0].state_dict().values()])
-            )
+            with open(f"{name}/rl/log.csv", newline="") as f:
+                log = [dict(row, seconds=0, tokens_per_s=0) for row in csv.DictReader(f)]
             self.assertEqual([int(row["iteration"]) for row in log], [0, 1, 2])
-            self.assertEqual(list(log[0]), [c for c in ppo.COLUMNS if c not in ("seconds", "tokens_per_s")])
-        self.assertEqual(rows[0], rows[1])
-        self.assertNotEqual(rows[0], rows[2])
+            self.assertEqual(list(log[0]), ppo.COLUMNS)
+            weights = pretrain.load_checkpoint(f"{name}/rl/model.pt", CPU)[0].state_dict()
+            results[name] = (log, [p.tolist() for p in weights.values()])
+        self.assertEqual(results["a"], results["same"])
+        self.assertNotEqual(results["a"][0], results["other model"][0])
+        self.assertNotEqual(results["a"][0], results["other rl"][0])
 
     def test_end_to_end(self):
         """Pre-training that really learns 1-digit addition, then PPO on 2 digits, then the figures of both."""
@@ -804,29 +821,13 @@ class Scripts(unittest.TestCase):
         all_pairs = [(a, b) for a in range(10) for b in range(10)]
         model, _ = pretrain.load_checkpoint(pretrained, CPU)
         self.assertGreaterEqual(pretrain.solve(model, all_pairs)[0].mean(), 0.8)  # 90 of the 100 were trained on
-        (before, _), printed = quiet(
-            ppo.main,
-            [
-                "--digits",
-                "1",
-                "--checkpoint",
-                pretrained,
-                "--iterations",
-                "3",
-                "--episodes",
-                "16",
-                "--eval_problems",
-                "8",
-                "--final_problems",
-                "50",
-                "--eval_every",
-                "2",
-                "--device",
-                "cpu",
-            ],
-        )
+        rl = "--digits 1 --iterations 3 --episodes 16 --eval_problems 8 --final_problems 50 --eval_every 2 --device cpu"
+        (before, after), _ = quiet(ppo.main, [*rl.split(), "--checkpoint", pretrained, "--out", "rl"])
         self.assertEqual(set(before), {(mode, length) for mode in ("identical", "varying") for length in (1, 2)})
-        run = "out/ppo_alpha3_digits1_iterations3_episodes16_eval_every2_eval_problems8_final_problems50_seed0"
+        self.assertGreaterEqual(after["identical", 1][0], before["identical", 1][0] - 0.2, "old skills are kept")
+        tuned, _ = pretrain.load_checkpoint("rl/model.pt", CPU)
+        self.assertFalse(torch.equal(tuned.lm_head.weight, model.lm_head.weight), "PPO changed the weights")
+        run = "rl"
         with open(run + "/settings.json") as f:
             self.assertEqual(json.load(f)["alpha"], 3)
         _, printed = quiet(analyze.main, ["tokens", pretrained, "--problems", "5", "--device", "cpu"])
