@@ -94,6 +94,12 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+        # Except that the learned positions start as sinusoids (Vaswani et al. 2017): near positions look alike, so that
+        # "the same place, one line up" is found in fewer steps.
+        frequency = config.block_size ** (-torch.arange(0, config.n_embd, 2) / config.n_embd)
+        angle = torch.arange(config.block_size)[:, None] * frequency
+        with torch.no_grad():
+            self.transformer.wpe.weight.copy_(0.1 * torch.cat([angle.sin(), angle.cos()], 1))
 
     def forward(self, idx, offset=None, cache=None, start=0):
         """idx (B, T) token ids -> logits (B, T, V) for the token after each, and hidden states (B, T, C).
