@@ -125,6 +125,13 @@ class GPT(nn.Module):
 SLASH, LINE_BREAK = VOCAB.index("/"), VOCAB.index("\n")
 
 
+def sample(logits, temperature, generator=None):
+    """One token for each row: logits (B, V) -> ids (B,), drawn from softmax(logits / temperature); 0 is greedy."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)[:, 0]
+
+
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     """Continue a batch of prompts of different lengths in one pass.
@@ -146,32 +153,29 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     for row, p in zip(ids, prompts):
         row[: len(p)] = torch.tensor(p)
     ids, prompt_len = ids.to(device), prompt_len.to(device)
-    limit = (prompt_len + max_new_tokens).clamp(max=T)
-    lengths = limit.clone()
-    ended, slash, breaks = (torch.zeros(B, dtype=torch.long, device=device) for _ in range(3))
+    lengths = (prompt_len + max_new_tokens).clamp(max=T)  # until a row ends earlier
+    slash, breaks = (torch.zeros(B, dtype=torch.long, device=device) for _ in range(2))
+    rows = torch.arange(B, device=device)  # those still in the batch
 
     shape = (config.n_layer, 2, B, config.n_head, T, config.n_embd // config.n_head)
     cache = torch.zeros(shape, dtype=model.lm_head.weight.dtype, device=device)
     start, t = 0, int(prompt_len.min())  # the cache holds positions 0 .. start - 1; t is the next position to fill
     while t < T:
-        logits, _ = model(ids[:, start:t], cache=cache, start=start)
-        logits = logits[:, -1]  # (B, V)
-        if temperature == 0:
-            choice = logits.argmax(-1)
-        else:
-            probs = F.softmax(logits / temperature, -1)
-            choice = torch.multinomial(probs, 1, generator=generator)[:, 0]
-        own = (t >= prompt_len) & (ended == 0)
-        ids[:, t] = torch.where(own, choice, ids[:, t])
+        logits, _ = model(ids[rows, start:t], cache=cache, start=start)
+        choice = sample(logits[:, -1], temperature, generator)
+        own = (t >= prompt_len[rows]) & (t < lengths[rows])
+        ids[rows, t] = torch.where(own, choice, ids[rows, t])
         # Which rows does this token end?
-        breaks += (choice == LINE_BREAK) & own & (slash > 0)
-        slash += (choice == SLASH) & own
-        ends = own & ((breaks == 2) | (t + 1 >= limit))
-        lengths = torch.where(ends, t + 1, lengths)
-        ended += ends
+        breaks[rows] += (choice == LINE_BREAK) & own & (slash[rows] > 0)
+        slash[rows] += (choice == SLASH) & own
+        lengths[rows] = torch.where(own & (breaks[rows] == 2), t + 1, lengths[rows])
         start, t = t, t + 1
-        if t % 16 == 0 and bool(ended.all()):  # asking each time would make a GPU wait for the CPU
-            break
+        if t % 16 == 0:  # asking each time would make a GPU wait for the CPU
+            going = lengths[rows] > t
+            if not going.any():
+                break
+            if going.sum() < 0.9 * len(rows):  # copying the cache costs less than carrying finished rows along
+                rows, cache = rows[going], cache[:, :, going]
     return ids[:, :t], lengths
 
 

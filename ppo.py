@@ -22,8 +22,8 @@ import data
 import pretrain
 from kl import certainty, prioritized_kl
 from model import PRESETS, generate, split_actions
-from pretrain import (COUNT, SEED, Parser, UserError, answer_loss, autocast, bootstrap, sample_problems, solve,
-                      start_log, to_batch, to_sample, within)
+from pretrain import (COUNT, SEED, Parser, Run, UserError, answer_loss, autocast, bootstrap, check_finite,
+                      sample_problems, solve, to_batch, to_sample, within)
 
 
 # --------------------------------------------------------------------------- the algorithm, as pure functions
@@ -86,9 +86,13 @@ def tempered(model, states, temperature):
     return logits / temperature, hidden
 
 
-def slices(n, device):
-    """Indices 0..n-1 in slices that fit a CPU's cache or a GPU's memory. Gradients are summed over the slices."""
-    return torch.arange(n, device=device).split(8 if device.type == "cpu" else 64)
+def slices(rows, lengths):
+    """Row numbers, shortest first, in slices that fit a CPU's cache or a GPU's memory -> [(rows, longest)].
+
+    The slice's tensors need only the first `longest` tokens: little is padding. Gradients are summed over the slices.
+    """
+    parts = rows[lengths[rows].argsort(stable=True)].split(8 if rows.device.type == "cpu" else 64)
+    return [(part, int(lengths[part].max())) for part in parts]
 
 
 @torch.no_grad()
@@ -108,24 +112,25 @@ def rollout(policy, value_head, reference, pairs, args, seed):
     rewards[torch.arange(len(pairs), device=device), lengths - 2] = success  # the last token, as an action
 
     # 3. Score it under the reference and the policy, as they are before the update.
-    scores = []
-    for rows in slices(len(pairs), device):
-        ref_logits, _ = tempered(reference, states[rows], args.temperature)
-        logits, hidden = tempered(policy, states[rows], args.temperature)
-        scores.append((ref_logits, token_logp(ref_logits, actions[rows]), token_logp(logits, actions[rows]),
-                       value_head(hidden)))
-    ref_logits, ref_logp, old_logp, values = (torch.cat(parts) for parts in zip(*scores))
+    ref_logits = torch.zeros(*mask.shape, policy.config.vocab_size, device=device)
+    ref_logp, old_logp, values = torch.zeros(3, *mask.shape, device=device)
+    for rows, T in slices(torch.arange(len(pairs), device=device), lengths - 1):
+        ref_logits[rows, :T], _ = tempered(reference, states[rows, :T], args.temperature)
+        logits, hidden = tempered(policy, states[rows, :T], args.temperature)
+        ref_logp[rows, :T] = token_logp(ref_logits[rows, :T], actions[rows, :T])
+        old_logp[rows, :T], values[rows, :T] = token_logp(logits, actions[rows, :T]), value_head(hidden)
 
     # 4. Advantages.
     advantages = gae(rewards, values, mask, args.gamma, args.gae_lambda)
     return dict(states=states, actions=actions, mask=mask, success=success, values=values, advantages=advantages,
-                returns=advantages + values, old_logp=old_logp, ref_logp=ref_logp, ref_logits=ref_logits)
+                returns=advantages + values, lengths=lengths - 1, old_logp=old_logp, ref_logp=ref_logp, ref_logits=ref_logits)
 
 
-def update(policy, value_head, optimizer, batch, args, generator):
+def update(policy, value_head, optimizer, batch, args, generator, when="this update"):
     """Epochs of minibatches over one batch of episodes -> {name: mean over all minibatches and answer tokens}.
 
     --epochs 1 --minibatches 1 is A2C, the paper's algorithm: one gradient step, at the policy that acted.
+    A figure that is nan or infinite stops the run, before it gets into the weights; `when` is for that message.
     """
     advantages, mask = batch["advantages"], batch["mask"]
     mean = masked_mean(advantages, mask)
@@ -136,8 +141,8 @@ def update(policy, value_head, optimizer, batch, args, generator):
     for _ in range(args.epochs):
         for rows in torch.randperm(len(mask), generator=generator).to(mask.device).tensor_split(args.minibatches):
             optimizer.zero_grad()
-            for part in slices(len(rows), mask.device):
-                b = {name: x[rows[part]] for name, x in batch.items()}
+            for part, T in slices(rows, batch["lengths"]):
+                b = {name: x[part, :T] for name, x in batch.items() if x.dim() > 1}
                 logits, hidden = tempered(policy, b["states"], args.temperature)
                 all_logp = F.log_softmax(logits, -1)  # (B, T, V)
                 new_logp = token_logp(logits, b["actions"])  # (B, T), as all that follows
@@ -157,7 +162,8 @@ def update(policy, value_head, optimizer, batch, args, generator):
                     for name, x in dict(kl=kl, penalty=penalty, entropy=entropy, clip_fraction=clipped,
                                         value_loss=value_loss, weight=weight).items():
                         totals[name] = totals.get(name, 0) + share * masked_mean(x, b["mask"])
-            nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            totals["grad_norm"] = totals.get("grad_norm", 0) + nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            check_finite(when, totals, args.out)
             optimizer.step()
     return {name: x.item() / (args.epochs * args.minibatches) for name, x in totals.items()}
 
@@ -176,9 +182,9 @@ def critical_tokens(model, pairs, n_digits, temperature):
     ids, prompt_len, lengths = to_batch(pairs, model.lm_head.weight.device)
     states, actions, _ = split_actions(ids, prompt_len, lengths)
     found = {f"{name}_{spot}": [] for name in ("p", "certainty") for spot in SPOTS}
-    for rows in slices(len(pairs), ids.device):
-        logits, _ = tempered(model, states[rows], temperature)
-        p, sure = token_logp(logits, actions[rows]).exp().tolist(), certainty(logits).tolist()
+    for rows, T in slices(torch.arange(len(pairs), device=ids.device), lengths - 1):
+        logits, _ = tempered(model, states[rows, :T], temperature)
+        p, sure = token_logp(logits, actions[rows, :T]).exp().tolist(), certainty(logits).tolist()
         for i, row in enumerate(rows.tolist()):
             for (line, operand, name), index in data.critical_positions(*pairs[row], n_digits).items():
                 for spot in ["critical"] + [f"l{line}o{operand}"] * name.startswith("comma"):
@@ -196,13 +202,13 @@ def evaluate(policy, problems_n, problems_nk, old_problems, temperature):
         row[f"sampled_{name}"] = float(solve(policy, pairs, temperature)[0].mean())
     ids, prompt_len, lengths = to_batch(old_problems, policy.lm_head.weight.device)
     n_tokens = lengths - prompt_len  # answer_loss is a mean over tokens: weighted by them, the slices do not matter
-    ce = sum(answer_loss(policy, ids[rows], prompt_len[rows], lengths[rows]) * n_tokens[rows].sum()
-             for rows in slices(len(ids), ids.device)) / n_tokens.sum()
+    ce = sum(answer_loss(policy, ids[rows, :T], prompt_len[rows], lengths[rows]) * n_tokens[rows].sum()
+             for rows, T in slices(torch.arange(len(ids), device=ids.device), lengths)) / n_tokens.sum()
     return row | dict(ce_old=ce.item())
 
 
 COLUMNS = ["iteration", "episodes", "success", "kl", "penalty", "entropy", "clip_fraction", "value_loss",
-           "explained_variance", "weight", *[f"p_{spot}" for spot in SPOTS], *[f"certainty_{spot}" for spot in SPOTS],
+           "explained_variance", "weight", "grad_norm", *[f"p_{spot}" for spot in SPOTS], *[f"certainty_{spot}" for spot in SPOTS],
            "greedy_n", "greedy_nk", "sampled_n", "sampled_nk", "ce_old", "tokens_per_s", "seconds"]
 
 
@@ -231,8 +237,10 @@ def parse_args(argv):
     add("--eval_problems", type=COUNT, default=64, help="held-out problems in each of these")
     add("--final_problems", type=COUNT, default=250, help="held-out problems in each cell of the final tables")
     add("--seed", type=SEED, default=0, help="of problems, sampling and minibatches")
+    add("--max_kl", type=positive, default=0.1, help="say so when the KL to the pre-trained model exceeds this")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
     add("--out", default="", help="folder for the run; default: out/ppo_<settings that differ from the defaults>")
+    add("--fresh", action="store_true", help="start over, instead of going on with an interrupted run")
     args = ap.parse_args(argv)
     if args.minibatches > args.episodes:
         raise UserError(f"{args.minibatches} minibatches of {args.episodes} episodes; lower --minibatches")
@@ -244,6 +252,7 @@ def main(argv=None):
     # 1. Settings, and the pre-trained model: where the policy starts and, frozen, the reference.
     args = parse_args(argv)
     device = pretrain.get_device(args.device)
+    pretrain.make_folder(args.out)  # now, not after a pre-training of minutes
     n, k, long = args.digits, args.extra_digits, args.digits + args.extra_digits
     if not args.checkpoint:
         settings = ["--digits", str(n), "--preset", args.preset, "--seed", str(args.pretrain_seed)]
@@ -277,55 +286,56 @@ def main(argv=None):
                sample_problems(args.eval_problems, long, "varying", seed=2),
                sample_problems(args.eval_problems, n, "train", seed=2))
     critical_problems = sample_problems(32, n, "rl", seed=2, extra_digits=k)
-    f, log = start_log(args.out, vars(args), COLUMNS)
-    before = {cell: bootstrap(solve(policy, pairs)[0]) for cell, pairs in tests.items()}
+    run = Run(args, COLUMNS, reference=reference, policy=policy, value_head=value_head, optimizer=optimizer)
     title = f"greedy, {args.final_problems} held-out problems a cell"
+    before = {cell: bootstrap(solve(reference, pairs)[0]) for cell, pairs in tests.items()}
     pretrain.print_table(before, f"before: {title}")
     print(f"\nPPO on {long} digits: alpha {args.alpha:g}, kl_coef {args.kl_coef:g}, {args.iterations} iterations of "
           f"{args.episodes} episodes, on {device}")
 
     # 3. Train. Every random number of an iteration follows from the seed and the iteration alone.
-    started = time.time()
     print(" it success      kl penalty entropy  clip  value expl.var weight  critical: p certainty  tokens/s")
-    with f:
-        for iteration in tqdm(range(args.iterations + 1), desc="ppo", unit="it", dynamic_ncols=True):
-            row, figures = dict(iteration=iteration, episodes=iteration * args.episodes), " " * 60
-            if iteration > 0:  # row 0 of the log is the pre-trained model
-                begun, rng = time.time(), np.random.default_rng([args.seed, iteration])
-                pairs = [data.sample_pair(rng, n, "rl", k) for _ in range(args.episodes)]
-                seed = int(rng.integers(2**62))
-                batch = rollout(policy, value_head, reference, pairs, args, seed)
-                row |= update(policy, value_head, optimizer, batch, args, torch.Generator().manual_seed(seed))
-                explained = explained_variance(batch["returns"], batch["values"], batch["mask"]).item()
-                row |= dict(success=batch["success"].mean().item(), explained_variance=explained,
-                            tokens_per_s=batch["mask"].sum().item() / (time.time() - begun))
-                figures = ("{success:7.2f} {kl:7.4f} {penalty:7.4f} {entropy:7.4f} {clip_fraction:5.3f} "
-                           "{value_loss:6.3f} {explained_variance:8.2f} {weight:6.3f}").format_map(row)
-            row |= critical_tokens(policy, critical_problems, n, args.temperature)
-            for name in ("kl", "penalty", "value_loss", "p_critical"):
-                if not math.isfinite(row.get(name, 0)):
-                    raise UserError(f"{name} is {row[name]} at iteration {iteration}; lower --lr or --kl_coef; "
-                                    f"{args.out}/model.pt is that of the last evaluation")
-            tqdm.write(f"{iteration:3d} {figures}  {row['p_critical']:11.3f} {row['certainty_critical']:9.3f}  "
-                       f"{row.get('tokens_per_s', 0):8,.0f}")
-            if iteration % args.eval_every == 0 or iteration == args.iterations:
-                row |= evaluate(policy, *watched, args.temperature)
-                tqdm.write("    N: greedy {greedy_n:.0%}, sampled {sampled_n:.0%};  N+k: greedy {greedy_nk:.0%}, "
-                           "sampled {sampled_nk:.0%};  cross-entropy on 1..N: {ce_old:.5f}".format_map(row))
-                if iteration > 0 or args.iterations == 0:
-                    pretrain.save_checkpoint(os.path.join(args.out, "model.pt"), policy, digits=n, step=iteration,
-                                             settings=vars(args))
-            row["seconds"] = time.time() - started
-            log.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
-            f.flush()
+    previous = {}
+    for iteration in tqdm(range(len(run.rows), args.iterations + 1), desc="ppo", unit="it", dynamic_ncols=True,
+                          initial=len(run.rows), total=args.iterations + 1):
+        row, figures = dict(iteration=iteration, episodes=iteration * args.episodes), " " * 60
+        if iteration > 0:  # row 0 of the log is the pre-trained model
+            begun, rng = time.time(), np.random.default_rng([args.seed, iteration])
+            pairs = [data.sample_pair(rng, n, "rl", k) for _ in range(args.episodes)]
+            seed = int(rng.integers(2**62))
+            batch = rollout(policy, value_head, reference, pairs, args, seed)
+            row |= dict(success=batch["success"].mean().item())
+            row |= update(policy, value_head, optimizer, batch, args, torch.Generator().manual_seed(seed),
+                          f"iteration {iteration}")
+            explained = explained_variance(batch["returns"], batch["values"], batch["mask"]).item()
+            row |= dict(explained_variance=explained, tokens_per_s=batch["mask"].sum().item() / (time.time() - begun))
+            figures = ("{success:7.2f} {kl:7.4f} {penalty:7.4f} {entropy:7.4f} {clip_fraction:5.3f} "
+                       "{value_loss:6.3f} {explained_variance:8.2f} {weight:6.3f}").format_map(row)
+        row |= critical_tokens(policy, critical_problems, n, args.temperature)
+        check_finite(f"iteration {iteration}", dict(p_critical=row["p_critical"]), args.out)
+        tqdm.write(f"{iteration:3d} {figures}  {row['p_critical']:11.3f} {row['certainty_critical']:9.3f}  "
+                   f"{row.get('tokens_per_s', 0):8,.0f}")
+        if row.get("success") == 0 and previous.get("success", 1) > 0:
+            tqdm.write("    no answer was right: nothing to learn from; if it stays so, lower --lr or raise --kl_coef")
+        if row.get("kl", 0) > args.max_kl >= previous.get("kl", 0):
+            tqdm.write(f"    the KL is over --max_kl {args.max_kl:g}: the policy has left the pre-trained model; "
+                       "lower --lr or raise --kl_coef")
+        if iteration % args.eval_every == 0 or iteration == args.iterations:
+            row |= evaluate(policy, *watched, args.temperature)
+            tqdm.write("    N: greedy {greedy_n:.0%}, sampled {sampled_n:.0%};  N+k: greedy {greedy_nk:.0%}, "
+                       "sampled {sampled_nk:.0%};  cross-entropy on 1..N: {ce_old:.5f}".format_map(row))
+            pretrain.save_checkpoint(os.path.join(args.out, "model.pt"), policy, digits=n, step=iteration,
+                                     settings=vars(args))
+        run.log(iteration, row, last=iteration == args.iterations)
+        previous = row
 
     # 4. Where we are.
     after = {cell: bootstrap(solve(policy, pairs)[0]) for cell, pairs in tests.items()}
     pretrain.print_table(before, f"before: {title}")
     pretrain.print_table(after, f"after {args.iterations * args.episodes:,} episodes: {title}")
-    print(f"\ntrained in {(time.time() - started) / 60:.1f} minutes; saved {args.out}/model.pt")
+    print(f"\ntrained in {run.seconds() / 60:.1f} minutes; saved {args.out}/model.pt")
     return before, after
 
 
 if __name__ == "__main__":
-    pretrain.run(main)
+    pretrain.start(main)

@@ -9,13 +9,15 @@ import argparse
 import contextlib
 import copy
 import csv
+import errno
+import io
+import itertools
 import json
 import math
 import os
-import pickle
-import struct
 import sys
 import time
+import zlib
 from dataclasses import asdict
 
 import numpy as np
@@ -32,7 +34,7 @@ class UserError(Exception):
     """Something the user can mend. Its one line names the problem and the way out; the exit code is 2."""
 
 
-def run(main):
+def start(main):
     """Run a script's main() so that a UserError ends in one line on stderr and exit code 2, without a traceback."""
     try:
         main()
@@ -40,8 +42,11 @@ def run(main):
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print("\ninterrupted; the same command goes on from where it last saved", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output is gone, as in `python ppo.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or closing it would raise once more
+        sys.exit("the terminal or pipe was closed; the same command goes on from where it last saved")
 
 
 class Parser(argparse.ArgumentParser):
@@ -101,54 +106,138 @@ def to_sample(model):
     return copy.deepcopy(model).bfloat16() if fast else model
 
 
-def save_checkpoint(path, model, **facts):
-    """Weights, config and vocabulary, and what else explains the checkpoint; renamed into place when whole."""
-    weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
-    checkpoint = dict(model=weights, config=asdict(model.config), vocab=data.VOCAB, **facts)
+def make_folder(folder):
     try:
-        torch.save(checkpoint, path + ".tmp")
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path} ({first_line(error)}); choose another folder with --out") from None
+        os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "it is read-only")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder with --out") from None
+
+
+def write_file(path, content):
+    """Write bytes beside `path` and rename them into place: no half-written file ever has the good one's name."""
+    beside = f"{path}.{os.getpid()}"
+    try:
+        with open(beside, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())  # on the disk, before it gets its name: power may fail
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(beside)
+        raise UserError(f"cannot write {path} ({error.strerror}); make room there, or choose another folder with --out; "
+                        "what was there before is unchanged") from None
+
+
+def to_bytes(contents):
+    """What torch.save would write to a file, and four bytes more: its checksum."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    return buffer.getvalue() + zlib.crc32(buffer.getvalue()).to_bytes(4, "big")
+
+
+def save_checkpoint(path, model, **facts):
+    """Weights, config and vocabulary, and what else explains the checkpoint."""
+    weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
+    write_file(path, to_bytes(dict(model=weights, config=asdict(model.config), vocab=data.VOCAB, **facts)))
+
+
+def read_file(path, build):
+    """build(the contents that to_bytes made the file of, on the CPU). Whatever is wrong with it is a UserError."""
+    try:
+        with open(path, "rb") as f:
+            content = f.read()
+        if zlib.crc32(content[:-4]).to_bytes(4, "big") != content[-4:]:
+            raise ValueError("its checksum is wrong")  # torch.load itself would load a flipped bit
+        return build(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); give the model.pt that pretrain.py made") from None
+    except Exception as error:  # a file cut off, damaged or foreign can go wrong in any way; the way is told
+        raise UserError(f"{path} is not a whole file of this project ({type(error).__name__}: {first_line(error)}); "
+                        "make it again: pretrain.py, ppo.py, with --fresh if it is a state.pt") from None
 
 
 def load_checkpoint(path, device):
     """A checkpoint of ours -> (model in eval mode, the checkpoint's dict). Anything else is a UserError."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    def build(checkpoint):
         if checkpoint["vocab"] != data.VOCAB:
-            raise UserError(f"{path} has another vocabulary than data.py; pre-train again")
+            raise ValueError("its vocabulary is not that of data.py")
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         checkpoint["digits"]  # both scripts save it
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); give the model.pt that pretrain.py made") from None
-    except (EOFError, RuntimeError, pickle.UnpicklingError, struct.error, LookupError, TypeError, ValueError,
-            AttributeError, ArithmeticError) as error:
-        raise UserError(f"{path} is not a whole checkpoint of this project ({type(error).__name__}: "
-                        f"{first_line(error)}); make it again with pretrain.py") from None
-    return model.to(device).eval(), checkpoint
+        return model.to(device).eval(), checkpoint
+    return read_file(path, build)
+
+
+def check_finite(when, figures, folder):
+    """Stop the run at the first of {name: value} that is nan or infinite."""
+    for name, x in figures.items():
+        if not math.isfinite(x):
+            raise UserError(f"{name} is {x} at {when}; lower --lr; what {folder} holds is from before")
 
 
 def default_folder(prefix, parser, args, unnamed):
     """out/<prefix>_<settings that differ from the defaults>_seed<seed>: runs with other settings never meet."""
     changed = [f"{name}{value}".replace(os.sep, "-") for name, value in vars(args).items()
-               if value != parser.get_default(name) and name not in (*unnamed, "seed", "device", "out")]
+               if value != parser.get_default(name) and name not in (*unnamed, "seed", "device", "out", "fresh")]
     return "out/" + "_".join([prefix, *changed, f"seed{args.seed}"])
 
 
-def start_log(folder, settings, columns):
-    """Make the run's folder with settings.json and an empty log.csv -> the log's file and its csv.DictWriter."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "settings.json"), "w") as f:
-            json.dump(settings, f, indent=1)
-        f = open(os.path.join(folder, "log.csv"), "w", newline="")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder with --out") from None
-    log = csv.DictWriter(f, columns)
-    log.writeheader()
-    return f, log
+SAVE_SECONDS = 30.0  # a run that is killed loses no more than this
+
+
+class Run:
+    """A run's folder: settings.json, log.csv, and state.pt, from which the same command goes on after an interruption.
+
+    Every random number of a step follows from the seed and the step alone, so a run that was interrupted ends with
+    the weights and log of one that was not, bit for bit on a CPU.
+    """
+
+    def __init__(self, args, columns, **parts):
+        """parts: the modules and optimizers that training changes, by name. A state.pt is loaded into them."""
+        self.folder, self.columns, self.parts = args.out, columns, parts
+        self.settings = {name: x for name, x in vars(args).items() if name not in ("out", "device", "fresh")}
+        self.step, self.rows, self.earlier, self.started = 0, [], 0.0, time.time()  # earlier: seconds of former runs
+        self.saved, path = time.time(), os.path.join(self.folder, "state.pt")
+        if os.path.exists(path) and not args.fresh:
+            read_file(path, self.restore)
+            print(f"going on after step {self.step} of {self.folder}; --fresh starts over")
+        else:
+            make_folder(self.folder)
+            if os.path.exists(path):
+                os.remove(path)
+            write_file(os.path.join(self.folder, "settings.json"), json.dumps(self.settings, indent=1).encode())
+
+    def restore(self, state):
+        for name, value in self.settings.items():
+            if state["settings"].get(name) != value:
+                raise UserError(f"{self.folder} holds a run with {name} {state['settings'].get(name)}, not {value}; "
+                                "choose another folder with --out, or --fresh to start over there")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step, self.rows, self.earlier = state["step"], state["rows"], state["seconds"]
+
+    def seconds(self):
+        return self.earlier + time.time() - self.started
+
+    def log(self, step, row, last):
+        """Add a row to log.csv (nan: an empty cell); every SAVE_SECONDS and at the last step, save the state."""
+        self.rows.append({name: "" if x != x else f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
+                         | dict(seconds=f"{self.seconds():.1f}"))
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, self.columns)
+        table.writeheader()
+        table.writerows(self.rows)
+        write_file(os.path.join(self.folder, "log.csv"), text.getvalue().encode())
+        if last or time.time() - self.saved >= SAVE_SECONDS:
+            states = {name: part.state_dict() for name, part in self.parts.items()}
+            write_file(os.path.join(self.folder, "state.pt"), to_bytes(
+                dict(states, settings=self.settings, step=step, rows=self.rows, seconds=self.seconds())))
+            self.saved = time.time()
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -213,19 +302,21 @@ def to_batch(pairs, device):
     return ids.to(device), prompt_len.to(device), lengths.to(device)
 
 
-def pretrain_batches(n_digits, batch_size, block_size, seed, device):
-    """Endless batches (ids, prompt_len, lengths, offset) of worked problems of like length.
+def pretrain_batches(n_digits, batch_size, block_size, seed, device, start=0):
+    """Endless batches (ids, prompt_len, lengths, offset) of worked problems of like length, from batch `start` on.
 
     64 batches' problems are drawn at once, sorted by the number of lines, cut into batches and shuffled: so little is
-    padding. offset (B,) is the row's random place in the block: a row starts anywhere, so all positions are trained.
+    padding. offset (B,) is the row's place in the block: a quarter of the rows start at 0, as every test does, the
+    others anywhere, so that all positions are trained. (If all start anywhere, N+1 digits are learned along with N: no lesson.)
     """
-    rng = np.random.default_rng([seed, 0])
-    while True:
-        pool = [data.sample_pair(rng, n_digits, "train") for _ in range(64 * batch_size)]
-        pool.sort(key=lambda pair: len(str(max(pair))))
-        for i in rng.permutation(64):
-            ids, prompt_len, lengths = to_batch(pool[i * batch_size : (i + 1) * batch_size], device)
-            offset = torch.from_numpy(rng.integers(0, block_size - ids.shape[1] + 1, len(ids))).to(device)
+    for pool in itertools.count(start // 64):
+        rng = np.random.default_rng([seed, pool])
+        pairs = [data.sample_pair(rng, n_digits, "train") for _ in range(64 * batch_size)]
+        pairs.sort(key=lambda pair: len(str(max(pair))))
+        order, places = rng.permutation(64), np.maximum(0, rng.uniform(-1 / 3, 1, (64, batch_size)))
+        for i in range(start - 64 * pool if pool == start // 64 else 0, 64):
+            ids, prompt_len, lengths = to_batch(pairs[order[i] * batch_size :][:batch_size], device)
+            offset = torch.from_numpy((places[i] * (block_size - ids.shape[1] + 1)).astype(int)).to(device)
             yield ids, prompt_len, lengths, offset
 
 
@@ -236,6 +327,38 @@ def answer_loss(model, ids, prompt_len, lengths, offset=None):
         logits, _ = model(states, offset)  # (B, T-1, V)
     loss = F.cross_entropy(logits.transpose(1, 2), actions, reduction="none")  # (B, T-1)
     return (loss * mask).sum() / mask.sum()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal: for a matrix G = U S V^T, U V^T (Jordan et al. 2024).
+
+    A gradient's few large singular values would drown all other directions; so all of them move alike, and fewer steps
+    are needed. Entries have AdamW's usual size, 0.2 (root mean square), so that both take the same learning rate.
+    PyTorch ships it from 2.9 on; here matrices of one shape are done at once, and older releases will do.
+    """
+
+    def __init__(self, matrices, lr, weight_decay):
+        shapes = {}
+        for p in matrices:
+            shapes.setdefault(p.shape, []).append(p)
+        super().__init__([dict(params=ps) for ps in shapes.values()], dict(lr=lr, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            gradient = torch.stack([p.grad for p in group["params"]])  # (matrices, rows, columns)
+            momentum = self.state[group["params"][0]].setdefault("momentum", torch.zeros_like(gradient))
+            momentum.lerp_(gradient, 0.05)
+            x = gradient.lerp(momentum, 0.95)  # Nesterov's
+            tall = x.shape[-2] > x.shape[-1]
+            x = (x.mT if tall else x) / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+            x = x.bfloat16() if has_fast_bfloat16(x.device) else x
+            for _ in range(5):  # Newton-Schulz: an odd polynomial that takes all singular values near 1
+                square = x @ x.mT
+                x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+            size = 0.2 * max(x.shape[-2:]) ** 0.5
+            for p, update in zip(group["params"], x.mT if tall else x):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * size)
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -253,7 +376,7 @@ def parse_args(argv):
     add = ap.add_argument
     add("--digits", type=within(int, 1, 50), default=5, help="N: train on operands of 1..N digits")
     add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")
-    add("--steps", type=COUNT, default=4000, help="optimizer steps")
+    add("--steps", type=COUNT, default=3500, help="optimizer steps")
     add("--batch_size", type=COUNT, default=8, help="worked problems a step")
     add("--lr", type=within(float, 0, 1e3), default=3e-3, help="peak learning rate of Muon and AdamW")
     add("--warmup", type=COUNT, default=100, help="steps of linear warm-up")
@@ -263,6 +386,7 @@ def parse_args(argv):
     add("--seed", type=SEED, default=0, help="of initialization and data")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
     add("--out", default="", help="folder for the run; default: out/pretrain_<settings>")
+    add("--fresh", action="store_true", help="start over, instead of going on with an interrupted run")
     args = ap.parse_args(argv)
     args.out = args.out or default_folder(f"pretrain_n{args.digits}_{args.preset}", ap, args, ("digits", "preset"))
     return args
@@ -282,7 +406,7 @@ def main(argv=None):
     # Muon for the blocks' weight matrices takes fewer steps than AdamW, which has the embeddings, biases and norms.
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for name, p in model.named_parameters() if p.dim() < 2 or ".h." not in name]
-    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    optimizers = [Muon(matrices, lr=args.lr, weight_decay=0.1),
                   torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
     batches = pretrain_batches(args.digits, args.batch_size, block_size, args.seed, device)
     print(f"pre-training on 1..{args.digits} digits: {sum(p.numel() for p in model.parameters()):,} parameters, "
@@ -292,43 +416,41 @@ def main(argv=None):
     watched = dict(identical_n=sample_problems(64, args.digits, "identical", seed=2),
                    varying_n1=sample_problems(64, args.digits + 1, "varying", seed=2))
     accuracies = dict.fromkeys(watched, 0.0)
-    started = since = time.time()
-    losses, tokens = [], 0
-    f, log = start_log(args.out, vars(args) | dict(block_size=block_size),
-                       ["step", "loss", "lr", *watched, "tokens_per_s", "seconds"])
-    with f:
-        bar = tqdm(range(1, args.steps + 1), desc="pre-train", unit="step", mininterval=1, dynamic_ncols=True)
-        for step in bar:
-            lr = learning_rate(step - 1, args.steps, args.lr, args.warmup)
-            ids, prompt_len, lengths, offset = next(batches)
-            loss = answer_loss(model, ids, prompt_len, lengths, offset)
-            model.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = lr
-                optimizer.step()
-            losses.append(loss.detach())
-            tokens += ids.numel()
+    run = Run(args, ["step", "loss", "lr", "grad_norm", *watched, "tokens_per_s", "seconds"], model=model,
+              **{type(optimizer).__name__: optimizer for optimizer in optimizers})
+    batches = pretrain_batches(args.digits, args.batch_size, block_size, args.seed, device, start=run.step)
+    since, losses, norms, tokens = time.time(), [], [], 0
+    bar = tqdm(range(run.step + 1, args.steps + 1), desc="pre-train", unit="step", mininterval=1, dynamic_ncols=True,
+               initial=run.step, total=args.steps)
+    for step in bar:
+        lr = learning_rate(step - 1, args.steps, args.lr, args.warmup)
+        ids, prompt_len, lengths, offset = next(batches)
+        loss = answer_loss(model, ids, prompt_len, lengths, offset)
+        model.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        losses.append(loss.detach())
+        tokens += ids.numel()
 
-            if step % 100 == 0 or step == args.steps:
-                mean_loss = torch.stack(losses).mean().item()
-                if not math.isfinite(mean_loss):
-                    raise UserError(f"the loss is {mean_loss} at step {step}, nothing was saved; lower --lr {args.lr:g}")
-                row = dict(step=step, loss=f"{mean_loss:.5f}", lr=f"{lr:.6f}",
-                           tokens_per_s=f"{tokens / (time.time() - since):.0f}")
-                if step % 1000 == 0:
-                    accuracies = {name: solve(model, pairs)[0].mean() for name, pairs in watched.items()}
-                    row |= accuracies
-                since = time.time()
-                log.writerow(row | dict(seconds=f"{since - started:.1f}"))
-                f.flush()
-                bar.set_postfix_str(f"loss {row['loss']}, N {accuracies['identical_n']:.0%}, "
-                                    f"N+1 {accuracies['varying_n1']:.0%}, {row['tokens_per_s']} tokens/s")
-                losses, tokens = [], 0
+        if step % 100 == 0 or step == args.steps:  # a GPU waits for the CPU only here
+            losses, norms = torch.stack(losses).tolist(), torch.stack(norms).tolist()
+            for at, loss, norm in zip(range(step - len(losses) + 1, step + 1), losses, norms):
+                check_finite(f"step {at}", dict(loss=loss, grad_norm=norm), args.out)
+            row = dict(step=step, loss=np.mean(losses).item(), lr=lr, grad_norm=np.mean(norms).item(),
+                       tokens_per_s=tokens / (time.time() - since))
+            if step % 1000 == 0:
+                accuracies = {name: float(solve(model, pairs)[0].mean()) for name, pairs in watched.items()}
+                row |= accuracies
+            run.log(step, row, last=step == args.steps)
+            bar.set_postfix_str(f"loss {row['loss']:.5f}, N {accuracies['identical_n']:.0%}, "
+                                f"N+1 {accuracies['varying_n1']:.0%}, {row['tokens_per_s']:,.0f} tokens/s")
+            since, losses, norms, tokens = time.time(), [], [], 0
 
     # 4. Save, measure, show failures
-    minutes = (time.time() - started) / 60
     model.eval()
     save_checkpoint(os.path.join(args.out, "model.pt"), model, digits=args.digits, step=args.steps, settings=vars(args))
     table, failures = accuracy_table(model, args.digits, args.eval_problems)
@@ -336,9 +458,9 @@ def main(argv=None):
     print("\nthree failures, at their first wrong character")
     for text, a, b in failures[:: max(1, len(failures) // 3)][:3]:
         print(f"  {a}+{b}: {data.describe_error(text, a, b)}")
-    print(f"\ntrained in {minutes:.1f} minutes; saved {args.out}/model.pt")
+    print(f"\ntrained in {run.seconds() / 60:.1f} minutes; saved {args.out}/model.pt")
     return table
 
 
 if __name__ == "__main__":
-    run(main)
+    start(main)

@@ -3,6 +3,7 @@
 Each compares with an answer worked out by hand or by an independent route, never with a second copy of the code.
 """
 
+import argparse
 import contextlib
 import csv
 import io
@@ -10,15 +11,23 @@ import itertools
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 from unittest import mock
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import analyze
 import data
@@ -28,6 +37,8 @@ import pretrain
 from model import GPT, GPTConfig, generate, split_actions
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+SLOW = "--slow" in sys.argv  # also the tests that take minutes
+sys.argv = [arg for arg in sys.argv if arg != "--slow"]
 CPU = torch.device("cpu")
 
 
@@ -48,6 +59,23 @@ def quiet(f, *args):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         result = f(*args)
     return result, out.getvalue()
+
+
+def enter_a_new_folder(test):
+    """Let a test work in a folder of its own, which goes away with it."""
+    folder = tempfile.TemporaryDirectory()
+    test.addCleanup(folder.cleanup)
+    test.addCleanup(os.chdir, os.getcwd())
+    os.chdir(folder.name)
+
+
+def tensors_to_lists(x):
+    """Nested dicts, lists and tensors -> without tensors, so that == compares every number."""
+    if isinstance(x, torch.Tensor):
+        return x.tolist()
+    if isinstance(x, dict):
+        return {name: tensors_to_lists(value) for name, value in x.items()}
+    return [tensors_to_lists(value) for value in x] if isinstance(x, (list, tuple)) else x
 
 
 class Data(unittest.TestCase):
@@ -404,6 +432,34 @@ class KL(unittest.TestCase):
 
 
 class Pretrain(unittest.TestCase):
+    def test_muon_makes_updates_orthogonal(self):
+        """Singular values of all directions come out near 1 (times the size and the learning rate), whatever they were."""
+        rng = torch.Generator().manual_seed(0)
+        u, v = (torch.linalg.qr(torch.randn(n, 8, generator=rng))[0] for n in (20, 8))
+        p = torch.nn.Parameter(torch.zeros(20, 8))
+        p.grad = u @ torch.diag(torch.logspace(1, -0.5, 8)) @ v.T
+        pretrain.Muon([p], lr=0.1, weight_decay=0.0).step()
+        got = torch.linalg.svdvals(-p.detach()) / (0.1 * 0.2 * 20**0.5)
+        self.assertTrue(((got > 0.6) & (got < 1.3)).all(), got)
+        cosine = F.cosine_similarity((u @ v.T).flatten(), -p.detach().flatten(), dim=0)
+        self.assertGreater(cosine.item(), 0.95)
+
+    def test_muon_is_pytorchs(self):
+        if not hasattr(torch.optim, "Muon"):
+            self.skipTest("PyTorch has it from 2.9 on")
+        start = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((6, 3), (3, 6), (3, 6))]
+        ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+        mine = pretrain.Muon(ours, lr=0.1, weight_decay=0.1)
+        peer = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for i in range(4):
+            for p, q in zip(ours, theirs):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+                q.grad = p.grad.clone()
+            mine.step(), peer.step()
+        for p, q, before in zip(ours, theirs, start):
+            self.assertGreater((q - before).abs().max().item(), 0.1)
+            torch.testing.assert_close(p, q, atol=0.02, rtol=0)  # both round to bfloat16 on the way
+
     def test_batches(self):
         """Rows are whole worked problems, never held out, at offsets that reach the whole block."""
         batches = pretrain.pretrain_batches(2, 4, 200, 0, CPU)
@@ -572,7 +628,7 @@ class PPO(unittest.TestCase):
         batch, gradients = self.rollout(), []
         slices = ppo.slices
         for size in (1, 3, 100):
-            ppo.slices = lambda n, device: torch.arange(n).split(size)
+            ppo.slices = lambda rows, lengths: [(part, int(lengths[part].max())) for part in rows.split(size)]
             ppo.update(self.policy, self.value_head, self.sgd(), batch, self.args, torch.Generator().manual_seed(0))
             gradients.append(torch.cat([p.grad.flatten() for p in self.policy.parameters()]))
         ppo.slices = slices
@@ -655,9 +711,10 @@ class Analyze(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             for alpha, seed in itertools.product((0.0, 3.0), (0, 1)):
                 run = f"{folder}/{alpha}_{seed}"
-                f, log = pretrain.start_log(run, dict(alpha=alpha, seed=seed), ["episodes", "success", "kl"])
-                with f:
-                    log.writerows(dict(episodes=i, success=i / 10 + seed, kl="" if i == 0 else alpha) for i in range(5))
+                args = argparse.Namespace(out=run, fresh=False, alpha=alpha, seed=seed)
+                log = pretrain.Run(args, ["episodes", "success", "kl", "seconds"])
+                for i in range(5):
+                    log.log(i, dict(episodes=i, success=i / 10 + seed, kl=math.nan if i == 0 else alpha), last=i == 4)
             with mock.patch.object(analyze, "save_figure") as saved:
                 analyze.main(["curves", *[f"{folder}/{name}" for name in sorted(os.listdir(folder))]])
         axis = saved.call_args.args[0].axes[0]
@@ -681,11 +738,7 @@ class Scripts(unittest.TestCase):
     """The scripts as a user calls them: what goes wrong, and one run that learns."""
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = folder.name
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.folder)
+        enter_a_new_folder(self)
 
     def save(self, path="model.pt", digits=1, **config):
         pretrain.save_checkpoint(path, tiny_model(**config), digits=digits)
@@ -725,7 +778,7 @@ class Scripts(unittest.TestCase):
         self.fails(
             pretrain,
             ["--digits", "1", "--steps", "6", "--lr", "1000", "--warmup", "1", "--device", "cpu"],
-            "loss is nan",
+            "is nan at step",
             "--lr",
         )
         self.assertFalse([name for _, _, names in os.walk(".") for name in names if name == "model.pt"])
@@ -750,7 +803,7 @@ class Scripts(unittest.TestCase):
             {"vocab": data.VOCAB, "config": {"width": 3}, "model": {}},
             {"vocab": "abc"},
         ):
-            torch.save(foreign, "foreign.pt")
+            pretrain.write_file("foreign.pt", pretrain.to_bytes(foreign))
             self.fails(ppo, ["--checkpoint", "foreign.pt", "--digits", "1"], "foreign.pt")
         with open("text.pt", "w") as f:
             f.write("not a checkpoint at all")
@@ -761,8 +814,8 @@ class Scripts(unittest.TestCase):
             def __reduce__(self):
                 return os.mkdir, ("owned",)
 
-        torch.save({"vocab": data.VOCAB, "config": Malicious()}, "malicious.pt")
-        self.fails(analyze, ["tokens", "malicious.pt"], "malicious.pt")
+        pretrain.write_file("malicious.pt", pretrain.to_bytes({"vocab": data.VOCAB, "config": Malicious()}))
+        self.fails(analyze, ["tokens", "malicious.pt"], "malicious.pt", "UnpicklingError")
         self.assertFalse(os.path.exists("owned"))
 
     def test_unwritable_output(self):
@@ -835,6 +888,237 @@ class Scripts(unittest.TestCase):
         quiet(analyze.main, ["curves", run])
         quiet(analyze.main, ["curves", os.path.dirname(pretrained)])
         self.assertEqual(sorted(os.listdir("out/figures")), ["curves.png", "tokens.png"])
+
+
+class Survives(unittest.TestCase):
+    """Interruptions, damaged files, numbers that go wrong, hostile input: nothing lost, nothing silently wrong."""
+
+    PRETRAIN = "--digits 1 --steps 300 --batch_size 1 --eval_problems 2 --device cpu --out p".split()
+    PPO = (
+        "--digits 1 --iterations 4 --episodes 4 --eval_problems 2 --final_problems 2 --eval_every 2 --device cpu "
+        "--checkpoint p/model.pt --out r"
+    ).split()
+
+    def setUp(self):
+        enter_a_new_folder(self)
+        os.mkdir("p")  # a small pre-trained model for ppo.py, wherever it need not know anything
+        pretrain.save_checkpoint("p/model.pt", tiny_model(block_size=177), digits=1)  # not one token to spare
+
+    def start(self, code, folder="."):
+        """Start Python code that knows the scripts, in a process of its own."""
+        os.makedirs(folder, exist_ok=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", "import pretrain, ppo\n" + code],
+            cwd=folder,
+            env=os.environ | dict(PYTHONPATH=HERE, OMP_NUM_THREADS="1"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def results(self, folder):
+        """All that the two runs left behind in a folder, but the times."""
+        found = {}
+        for name in ("p", "r"):
+            with open(f"{folder}/{name}/log.csv", newline="") as f:
+                rows = [dict(row, seconds=0, tokens_per_s=0) for row in csv.DictReader(f)]
+            state = pretrain.read_file(f"{folder}/{name}/state.pt", dict)
+            parts = {k: x for k, x in state.items() if k not in ("rows", "seconds")}
+            found[name] = rows, repr(tensors_to_lists([parts, pretrain.read_file(f"{folder}/{name}/model.pt", dict)]))
+        return found
+
+    def test_killed_at_random_moments(self):
+        """kill -9, and the same command again: the same end as if nothing had happened. Ten times with --slow."""
+        code = "pretrain.SAVE_SECONDS = 0\n"
+        code += f"pretrain.start(lambda: (pretrain.main({self.PRETRAIN}), ppo.main({self.PPO})))"
+        begun, whole = time.time(), self.start(code, "whole")
+        self.assertEqual((whole.communicate()[1][-300:], whole.returncode)[1], 0)
+        seconds, rng, kills, rounds = time.time() - begun, np.random.default_rng(0), 0, 0
+        while kills < (10 if SLOW else 2):
+            rounds += 1
+            for _ in range(20):
+                process = self.start(code, f"killed{rounds}")
+                try:
+                    _, errors = process.communicate(timeout=rng.uniform(0.3, 1.0) * seconds)
+                    self.assertEqual(process.returncode, 0, errors[-300:])
+                    break
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.communicate()
+                    kills += 1
+            self.assertEqual(self.results(f"killed{rounds}"), self.results("whole"))
+
+    def test_a_closed_pipe_loses_nothing(self):
+        process = self.start(f"pretrain.start(lambda: pretrain.main({self.PRETRAIN}))")
+        process.stdout.close()
+        errors = process.stderr.read()
+        process.wait()
+        process.stderr.close()
+        self.assertEqual(process.returncode, 1)
+        self.assertIn("the same command goes on", errors)
+        self.assertNotIn("Traceback", errors)
+
+    def test_other_settings_or_fresh(self):
+        quiet(ppo.main, self.PPO)
+        with self.assertRaisesRegex(pretrain.UserError, "r holds a run with lr 0.0001, not 0.001.*--fresh"):
+            quiet(ppo.main, [*self.PPO, "--lr", "0.001"])
+        _, printed = quiet(ppo.main, self.PPO)
+        self.assertIn("going on after step 4", printed)
+        _, printed = quiet(ppo.main, [*self.PPO, "--lr", "0.001", "--fresh"])
+        self.assertNotIn("going on", printed)
+
+    def test_a_file_cut_or_damaged_anywhere(self):
+        """At each of its bytes: a checkpoint is refused in one line."""
+        model = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=2))
+        pretrain.save_checkpoint("good.pt", model, digits=1)
+        with open("good.pt", "rb") as f:
+            good = f.read()
+        rng, loaded = np.random.default_rng(0), 0
+        for i in range(0, len(good), 1 if SLOW else 11):
+            flipped = good[:i] + bytes([good[i] ^ 1 << rng.integers(8)]) + good[i + 1 :]
+            for content in (good[:i], flipped):
+                with open("bad.pt", "wb") as f:
+                    f.write(content)
+                try:
+                    pretrain.read_file("bad.pt", dict)
+                except pretrain.UserError as error:
+                    self.assertRegex(str(error), r"^bad.pt .*\bmake it again")
+                    self.assertNotIn("\n", str(error))
+                else:
+                    loaded += 1
+        self.assertEqual(loaded, 0)
+
+    def test_a_damaged_state_is_named(self):
+        quiet(ppo.main, self.PPO)
+        with open("r/state.pt", "r+b") as f:
+            f.truncate(1000)
+        with self.assertRaisesRegex(pretrain.UserError, "r/state.pt.*--fresh"):
+            quiet(ppo.main, self.PPO)
+        pretrain.load_checkpoint("r/model.pt", CPU)  # still there
+
+    @unittest.skipUnless(resource, "limits on the size of a file are a Unix matter")
+    def test_a_full_disk_keeps_the_last_good_file(self):
+        pretrain.write_file("model.pt", b"good")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            with self.assertRaisesRegex(pretrain.UserError, "^cannot write model.pt .*--out"):
+                pretrain.save_checkpoint("model.pt", tiny_model(), digits=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        self.assertEqual(sorted(os.listdir()), ["model.pt", "p"], "nothing half-written is left")
+        with open("model.pt", "rb") as f:
+            self.assertEqual(f.read(), b"good")
+
+    def test_a_folder_that_vanishes(self):
+        args = argparse.Namespace(out="run", fresh=False)
+        run = pretrain.Run(args, ["a", "seconds"])
+        shutil.rmtree("run")
+        with self.assertRaisesRegex(pretrain.UserError, "^cannot write run/log.csv"):
+            run.log(1, dict(a=1), last=True)
+
+    def test_two_runs_in_one_folder(self):
+        """Started at once with different settings: every file that is left is whole, and that of one of the two."""
+        code = f"pretrain.SAVE_SECONDS = 0\npretrain.start(lambda: ppo.main({self.PPO} + ['--fresh', '--lr', '%s']))"
+        runs = [self.start(code % lr) for lr in (0.001, 0.002)]
+        for process in runs:
+            process.communicate()
+        self.assertIn(0, [process.returncode for process in runs])
+        state, (_, facts) = pretrain.read_file("r/state.pt", dict), pretrain.load_checkpoint("r/model.pt", CPU)
+        self.assertIn(state["settings"]["lr"], (0.001, 0.002))
+        self.assertIn(facts["settings"]["lr"], (0.001, 0.002))
+        with open("r/log.csv", newline="") as f:
+            self.assertEqual([row["iteration"] for row in csv.DictReader(f)], list("01234"))
+        with open("r/settings.json") as f:
+            self.assertIn(json.load(f)["lr"], (0.001, 0.002))
+
+    def test_numbers_that_go_wrong(self):
+        """The first bad quantity is named with its step; what was saved before stays."""
+        steps = itertools.count(1)
+        loss = pretrain.answer_loss
+        with mock.patch.object(pretrain, "SAVE_SECONDS", 0), mock.patch.object(
+            pretrain, "answer_loss", lambda *args: loss(*args) * (math.nan if next(steps) == 237 else 1)
+        ):
+            with self.assertRaisesRegex(pretrain.UserError, "^loss is nan at step 237; lower --lr"):
+                quiet(pretrain.main, self.PRETRAIN)
+        self.assertEqual(pretrain.read_file("p/state.pt", dict)["step"], 200)
+        gae = ppo.gae
+        with mock.patch.object(ppo, "gae", lambda *args: gae(*args) * math.inf):
+            with self.assertRaisesRegex(pretrain.UserError, "^value_loss is nan at iteration 1; lower --lr"):
+                quiet(ppo.main, self.PPO)
+        for name, p in pretrain.load_checkpoint("r/model.pt", CPU)[0].state_dict().items():
+            self.assertTrue(p.isfinite().all(), name)
+
+    def test_extreme_settings(self):
+        """A clean run without nan in its log, or a clean message."""
+        ended = 0
+        for extreme in (
+            "--alpha 1e6", "--temperature 0.01", "--temperature 100", "--lr 1", "--lr 1000", "--kl_coef 1e6",
+            "--episodes 1 --minibatches 1", "--clip 0", "--gamma 0 --gae_lambda 0", "--epochs 3 --minibatches 4",
+        ):  # fmt: skip
+            try:
+                _, printed = quiet(ppo.main, [*self.PPO, "--fresh", "--max_kl", "0", *extreme.split()])
+                self.assertIn("no answer was right", printed)
+                self.assertIn("the KL is over --max_kl", printed)
+                ended += 1
+            except pretrain.UserError as error:
+                self.assertIn("lower --lr", str(error))
+            with open("r/log.csv") as f:
+                self.assertNotRegex(f.read(), "nan|inf", extreme)
+        self.assertGreaterEqual(ended, 8)
+
+    def test_random_options(self):
+        """Every option of every script, with values that argparse would pass on and some that it would not."""
+        rng = np.random.default_rng(0)
+        values = "0 1 2 -1 1e9 0.5 nan inf 1e-9 abc é / , paper".split() + [""]
+        for script, base in ((pretrain, self.PRETRAIN), (ppo, self.PPO), (analyze, ["tokens", "p/model.pt"])):
+            with self.assertRaises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as helptext:
+                script.main([*base[:1 if script is analyze else 0], "--help"])
+            options = [x for x in re.findall(r"^  (--\w+)", helptext.getvalue(), re.M) if x not in ("--help", "--device")]
+            self.assertGreater(len(options), 5)
+            for _ in range(200 if SLOW else 40):
+                argv = [x for name in rng.choice(options, 2) for x in (name, str(rng.choice(values)))]
+                with mock.patch.object(script, "sample_problems", side_effect=KeyboardInterrupt):  # here it has begun
+                    try:
+                        quiet(script.main, [*base, *argv])
+                    except (pretrain.UserError, KeyboardInterrupt):
+                        pass
+
+    def test_hostile_text(self):
+        """100,000 random and mutated texts through the grader and the finders of errors and critical tokens."""
+        rng, right = np.random.default_rng(0), data.prompt(367, 28) + data.answer(367, 28)
+        alphabet = list(data.VOCAB) + ["é", "\u2028", "\x00", "😀", "\ud800", "</scratch>\n", "3 9 5\n"]
+        graded = 0
+        for picks in rng.integers(0, 2**31, (100_000, 4)).tolist():
+            i, j = picks[0] % len(right), picks[1] % 7
+            text = right[:i] + alphabet[picks[2] % len(alphabet)] * (picks[3] % 3) + right[i + j :]
+            good = data.grade(text, 367, 28)
+            graded += good
+            self.assertIs(type(good), bool)
+            if not good:
+                self.assertNotIn("</scratch>\n3 9 5\n", text.split("</scratch>\n", 1)[0])
+            self.assertIsInstance(data.describe_error(text, 367, 28), str)
+        self.assertTrue(0 < graded < 100_000)
+        for length in rng.integers(0, 20, 2000).tolist():
+            text = "".join(map(chr, rng.integers(0, 0x110000, length)))
+            try:
+                self.assertEqual(data.decode(data.encode(text)), text)
+            except ValueError as error:
+                self.assertIn("is not in the vocabulary", str(error))
+        for a, b in rng.integers(0, 10**12, (2000, 2)).tolist():
+            text = data.prompt(a, b) + data.answer(a, b)
+            for (_, _, name), index in data.critical_positions(a, b, int(rng.integers(1, 12))).items():
+                self.assertTrue(text[index] == "," if "comma" in name else text[index].isdigit())
+
+    @unittest.skipUnless(SLOW, "takes minutes: python test_all.py --slow")
+    def test_memory_is_flat(self):
+        """500 iterations of PPO: the second half needs no more memory than the first."""
+        code = "import resource\npeak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        code += f"base = {self.PPO}\nppo.main(base + ['--iterations', '50', '--fresh'])\nearly = peak()\n"
+        code += "ppo.main(base + ['--iterations', '500', '--fresh'])\nprint('peak', early, peak())"
+        output, errors = self.start(code).communicate()
+        early, late = map(int, re.search(r"peak (\d+) (\d+)", output).groups())
+        self.assertLess(late, 1.1 * early, errors[-300:])
 
 
 if __name__ == "__main__":
