@@ -110,15 +110,15 @@ def tokens(args):
     device = pretrain.get_device(args.device)
     model, facts = pretrain.load_checkpoint(args.checkpoint, device)
     n_digits, long = facts["digits"], facts["digits"] + args.extra_digits
-    if data.max_length(long) > model.config.block_size:
-        raise UserError(f"{long} digits need a block of {data.max_length(long)}, {args.checkpoint} has "
+    if data.max_length(long, facts["task"]) > model.config.block_size:
+        raise UserError(f"{long} digits need a block of {data.max_length(long, facts['task'])}, {args.checkpoint} has "
                         f"{model.config.block_size}; give fewer --extra_digits")
-    pairs = sample_problems(args.problems, long, "varying", args.seed)
+    pairs = sample_problems(args.problems, long, "varying", args.seed, facts["task"])
     correct, texts = solve(model, pairs, args.temperature, args.seed)
     certainties = [token_certainty(model, text, len(data.prompt(a, b))) for text, (a, b) in zip(texts, pairs)]
 
     order = np.argsort(correct, kind="stable")[: args.show]  # failures first: they show the most
-    titles = [f"{pairs[i][0]}+{pairs[i][1]}: {'right' if correct[i] else 'wrong'}" for i in order]
+    titles = [f"{pairs[i][0]}{pairs[i][1]:+}: {'right' if correct[i] else 'wrong'}" for i in order]
     for i, title in zip(order, titles):
         print(f"--- {title}")
         print(in_colour(texts[i], certainties[i]) if sys.stdout.isatty() else texts[i])
@@ -138,7 +138,7 @@ def tokens(args):
         critical = index in data.critical_positions(a, b, n_digits).values()
         n_critical += critical
         sure = f", certainty {certainties[i][index]:.2f}" if index < len(texts[i]) else ""
-        print(f"  {a}+{b}: {data.describe_error(texts[i], a, b)}{sure}{', a critical token' if critical else ''}")
+        print(f"  {a}{b:+}: {data.describe_error(texts[i], a, b)}{sure}{', a critical token' if critical else ''}")
     print(f"  {n_critical} of {(~correct).sum()} at a critical token")
     save_figure(draw_tokens([texts[i] for i in order], [certainties[i] for i in order], titles), args.out, "tokens.png")
 

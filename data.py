@@ -15,9 +15,13 @@ arithmetic to small transformers"):
     3 9 5
 
 The prompt ends after "Target:", the answer begins with the line break and ends with the one after the result.
+
+A second task shows where another one goes: a problem (a, b) with b below 0 is the subtraction of -b, at most a. It
+borrows where addition carries: 52-7 has the line "[5,2] - [7] , A=[] , C=0 , 2-7-0=-5 , A->5 , C->1".
 """
 import zlib
 
+TASKS = ("add", "subtract")
 VOCAB = "\n +,-/:<=>[]0123456789ACDEINTaceghnprstu"  # every character of the format; V = 40
 _ID = {char: i for i, char in enumerate(VOCAB)}
 
@@ -41,30 +45,32 @@ def decode(ids):
 
 # --------------------------------------------------------------------------- one problem
 def prompt(a, b):
-    """prompt(367, 28) == 'Input:\\n367+28\\nTarget:'"""
-    return f"Input:\n{a}+{b}\nTarget:"
+    """prompt(367, 28) == 'Input:\\n367+28\\nTarget:', prompt(367, -28) == 'Input:\\n367-28\\nTarget:'"""
+    return f"Input:\n{a}{b:+}\nTarget:"
 
 
 def answer(a, b):
     """The scratchpad and the result: one line a digit, least significant first, as in the header above."""
-    x, y = list(str(a)), list(str(b))  # digits still to add, most significant first
+    x, y, sign = list(str(a)), list(str(abs(b))), "-" if b < 0 else "+"  # digits still to add, most significant first
     result, carry, lines = [], 0, []
     while x or y:
-        left = f"[{','.join(x)}] + [{','.join(y)}] , A=[{','.join(result)}] , C={carry}"
+        left = f"[{','.join(x)}] {sign} [{','.join(y)}] , A=[{','.join(result)}] , C={carry}"
         p, q = x.pop() if x else "0", y.pop() if y else "0"
-        total = int(p) + int(q) + carry
-        lines.append(f"{left} , {p}+{q}+{carry}={total} , A->{total % 10} , C->{total // 10}")
+        total = int(p) + int(sign + q) + int(f"{sign}{carry}")
+        lines.append(f"{left} , {p}{sign}{q}{sign}{carry}={total} , A->{total % 10} , C->{abs(total // 10)}")
         result.insert(0, str(total % 10))
-        carry = total // 10
+        carry = abs(total // 10)
     # The inherited format: no comma between A and C here, and a final carry shows only in the result.
-    lines.append(f"[] + [] , A=[{','.join(result)}] C={carry} , END")
+    lines.append(f"[] {sign} [] , A=[{','.join(result)}] C={carry} , END")
     return "\n<scratch>\n" + "\n".join(lines) + "\n</scratch>\n" + " ".join(str(a + b)) + "\n"
 
 
-def max_length(n_digits):
+def max_length(n_digits, task="add"):
     """Characters of the longest prompt + answer for operands of up to n_digits digits: 5 -> 390."""
-    nines = 10**n_digits - 1
-    return len(prompt(nines, nines) + answer(nines, nines))
+    a = b = 10**n_digits - 1
+    if task == "subtract":  # 9000-1999 borrows in all lines but the last: 0-9-1=-10
+        a, b = 9 * 10 ** (n_digits - 1), 1 - 2 * 10 ** (n_digits - 1)
+    return len(prompt(a, b) + answer(a, b))
 
 
 def grade(text, a, b):
@@ -115,9 +121,9 @@ def critical_positions(a, b, n_digits):
     """
     text = prompt(a, b) + answer(a, b)
     positions, line_start = {}, text.index("<scratch>\n") + len("<scratch>\n")
-    for line in range(1, min(3, len(str(max(a, b)))) + 1):
+    for line in range(1, min(3, len(str(max(a, abs(b))))) + 1):
         bracket = line_start
-        for operand, number in ((1, a), (2, b)):
+        for operand, number in ((1, a), (2, abs(b))):
             bracket = text.index("]", bracket + 1)
             list_start = text.rindex("[", 0, bracket)
             for j in range(1, len(str(number)) - n_digits + 1):
@@ -133,7 +139,7 @@ def critical_positions(a, b, n_digits):
 # --------------------------------------------------------------------------- many problems
 def held_out(a, b):
     """True for the tenth of all problems that no training ever sees: every accuracy is measured on these."""
-    return zlib.crc32(f"{a}+{b}".encode()) % 10 == 0
+    return zlib.crc32(f"{a}{b:+}".encode()) % 10 == 0
 
 
 def _number(rng, length):
@@ -144,8 +150,8 @@ def _number(rng, length):
     return int("".join(map(str, digits)))
 
 
-def sample_pair(rng, n_digits, mode, extra_digits=1, test=False):
-    """One problem (a, b), drawn with `rng`, a numpy Generator.
+def sample_pair(rng, n_digits, mode, extra_digits=1, test=False, task="add"):
+    """One problem (a, b), drawn with `rng`, a numpy Generator. In task "subtract" the larger number comes first.
 
     mode "train":     both lengths uniform in 1..n_digits
          "identical": both operands have exactly n_digits digits
@@ -170,5 +176,7 @@ def sample_pair(rng, n_digits, mode, extra_digits=1, test=False):
         a, b = _number(rng, int(long)), _number(rng, int(short))
         if mode in ("varying", "rl") and rng.random() < 0.5:
             a, b = b, a
-        if held_out(a, b) == test:
+        if task == "subtract":
+            a, b = max(a, b), -min(a, b)
+        if held_out(a, b) == test and (b < 0) == (task == "subtract"):  # a-0 is not drawn: it would read a+0
             return a, b

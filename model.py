@@ -25,6 +25,13 @@ class GPTConfig:
     n_embd: int = 128
 
 
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(D) + mask) v, each token seeing itself and those before it: 3 times (B, H, T, D) -> (B, H, T, D)."""
+    T, D = q.shape[-2:]
+    mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)  # 0 on and below the diagonal
+    return F.softmax(q * D**-0.5 @ k.transpose(-2, -1) + mask, -1) @ v  # q is scaled: it is smaller than q k^T
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -38,14 +45,11 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # write the new keys and values in place, attend to all so far
             cache[0][:, :, start : start + T], cache[1][:, :, start : start + T] = k, v
             k, v = cache[0][:, :, : start + T], cache[1][:, :, : start + T]
-        # y = softmax(q k^T / sqrt(C/H)) v, each token seeing itself and what came before it.
         if x.is_cpu and q.dtype is torch.bfloat16 and cache is None:
-            # By hand: in training, PyTorch's fused kernel is slower than this on a CPU in bfloat16.
-            mask = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1)
-            with torch.autocast("cpu", enabled=False):
-                y = F.softmax(q * (C // self.n_head) ** -0.5 @ k.transpose(-2, -1) + mask, -1) @ v
-        else:  # A single token is the newest and sees everything, so it needs no mask.
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+            with torch.autocast("cpu", enabled=False):  # it would take the softmax to float32
+                y = attention(q, k, v)
+        else:  # The same in PyTorch's fused kernel, which in training is slower than ours on a CPU in bfloat16.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # a single token is the newest and sees all
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -207,6 +207,31 @@ def evaluate(policy, problems_n, problems_nk, old_problems, temperature):
     return row | dict(ce_old=ce.item())
 
 
+def explain(batch, pairs, args):
+    """Print a rollout's first wrong episode token by token: where the model was sure, what each token costs and earns."""
+    i = int(batch["success"].argmin())
+    (a, b), T = pairs[i], int(batch["lengths"][i])
+    text = data.decode([*batch["states"][i, :T].tolist(), batch["actions"][i, T - 1].item()])
+    print(f"\n{text}\nreward {batch['success'][i]:.0f} ({data.describe_error(text, a, b)}); "
+          f"mean reward of {len(pairs)} episodes {batch['success'].mean():.2f}\n")
+    surprise = batch["old_logp"] - batch["ref_logp"]
+    sure = certainty(batch["ref_logits"])
+    penalty = prioritized_kl(batch["old_logp"], batch["ref_logp"], batch["ref_logits"], args.alpha)
+    print("character   id  p(policy)  p(pre-trained)  certainty  certainty^alpha  log-ratio  penalty  advantage")
+    hidden = 0
+    for t in batch["mask"][i].nonzero()[:, 0].tolist():
+        if sure[i, t] > 0.999 and abs(surprise[i, t]) < 0.001 and t + 1 < T:
+            hidden += 1
+            continue
+        if hidden:
+            print(f"      ... {hidden} characters of which both models are certain")
+            hidden = 0
+        token = batch["actions"][i, t].item()
+        print(f"{data.decode([token])!r:>9} {token:4d} {batch['old_logp'][i, t].exp():10.4f} "
+              f"{batch['ref_logp'][i, t].exp():15.4f} {sure[i, t]:10.4f} {sure[i, t] ** args.alpha:16.4f} "
+              f"{surprise[i, t]:10.4f} {penalty[i, t]:8.4f} {batch['advantages'][i, t]:10.4f}")
+
+
 COLUMNS = ["iteration", "episodes", "success", "kl", "penalty", "entropy", "clip_fraction", "value_loss",
            "explained_variance", "weight", "grad_norm", *[f"p_{spot}" for spot in SPOTS], *[f"certainty_{spot}" for spot in SPOTS],
            "greedy_n", "greedy_nk", "sampled_n", "sampled_nk", "ce_old", "tokens_per_s", "seconds"]
@@ -218,6 +243,7 @@ def parse_args(argv):
     add("--alpha", type=positive, default=3.0, help="certainty exponent (the paper's beta); 0 = standard KL")
     add("--kl_coef", type=positive, default=0.3, help="coefficient of the KL penalty (the paper's alpha); 0 = none")
     add("--digits", type=within(int, 1, 50), default=5, help="N: the model was pre-trained on 1..N digits")
+    add("--task", choices=data.TASKS, default=data.TASKS[0], help="what the problems are")
     add("--extra_digits", type=within(int, 1, 50), default=1, help="k: fine-tune on N+k digits")
     add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")
     add("--checkpoint", default="", help="pre-trained model; default: that of pretrain.py with these settings")
@@ -240,6 +266,7 @@ def parse_args(argv):
     add("--max_kl", type=positive, default=0.1, help="say so when the KL to the pre-trained model exceeds this")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
     add("--out", default="", help="folder for the run; default: out/ppo_<settings that differ from the defaults>")
+    add("--explain", action="store_true", help="show one episode token by token, as the run stands, and stop")
     add("--fresh", action="store_true", help="start over, instead of going on with an interrupted run")
     args = ap.parse_args(argv)
     if args.minibatches > args.episodes:
@@ -255,20 +282,21 @@ def main(argv=None):
     pretrain.make_folder(args.out)  # now, not after a pre-training of minutes
     n, k, long = args.digits, args.extra_digits, args.digits + args.extra_digits
     if not args.checkpoint:
-        settings = ["--digits", str(n), "--preset", args.preset, "--seed", str(args.pretrain_seed)]
+        settings = ["--digits", str(n), "--task", args.task, "--preset", args.preset, "--seed", str(args.pretrain_seed)]
         settings += ["--device", args.device]
-        settings += ["--block_size", str(pretrain.block_for(long))] if k > 1 else []
+        settings += ["--block_size", str(pretrain.block_for(long, args.task))] if k > 1 else []
         args.checkpoint = pretrain.parse_args(settings).out + "/model.pt"
         if not os.path.exists(args.checkpoint):
             print(f"no pre-trained model at {args.checkpoint}: pre-training first")
             pretrain.main(settings)
     reference, facts = pretrain.load_checkpoint(args.checkpoint, device)
-    if facts["digits"] != n:
-        raise UserError(f"{args.checkpoint} was pre-trained on 1..{facts['digits']} digits, not on 1..{n}; "
-                        f"give --digits {facts['digits']}")
-    if data.max_length(long) > reference.config.block_size:
-        raise UserError(f"{long} digits need a block of {data.max_length(long)}, {args.checkpoint} has "
-                        f"{reference.config.block_size}; pre-train with --block_size {data.max_length(long)}")
+    for name in ("digits", "task"):
+        if facts[name] != getattr(args, name):
+            raise UserError(f"{args.checkpoint} was pre-trained with --{name} {facts[name]}; give --{name} {facts[name]}")
+    needed = data.max_length(long, args.task)
+    if needed > reference.config.block_size:
+        raise UserError(f"{long} digits need a block of {needed}, {args.checkpoint} has "
+                        f"{reference.config.block_size}; pre-train with --block_size {needed}")
     if os.path.abspath(args.out) == os.path.dirname(os.path.abspath(args.checkpoint)):
         raise UserError(f"--out {args.out} holds the pre-trained model itself; choose another folder")
 
@@ -280,13 +308,16 @@ def main(argv=None):
                                   dict(params=value_head.parameters(), lr=args.value_lr)])
 
     # 2. Held-out problems: for the tables before and after, for evaluations in between, for the critical tokens.
-    tests = {(mode, length): sample_problems(args.final_problems, length, mode, seed=1)
+    tests = {(mode, length): sample_problems(args.final_problems, length, mode, 1, args.task)
              for mode in ("identical", "varying") for length in (n, long)}
-    watched = (sample_problems(args.eval_problems, n, "varying", seed=2),
-               sample_problems(args.eval_problems, long, "varying", seed=2),
-               sample_problems(args.eval_problems, n, "train", seed=2))
-    critical_problems = sample_problems(32, n, "rl", seed=2, extra_digits=k)
+    watched = (sample_problems(args.eval_problems, n, "varying", 2, args.task),
+               sample_problems(args.eval_problems, long, "varying", 2, args.task),
+               sample_problems(args.eval_problems, n, "train", 2, args.task))
+    critical_problems = sample_problems(32, n, "rl", 2, args.task, extra_digits=k)
     run = Run(args, COLUMNS, reference=reference, policy=policy, value_head=value_head, optimizer=optimizer)
+    if args.explain:
+        pairs = sample_problems(args.episodes, n, "rl", 3, args.task, extra_digits=k)
+        return explain(rollout(policy, value_head, reference, pairs, args, args.seed), pairs, args)
     title = f"greedy, {args.final_problems} held-out problems a cell"
     before = {cell: bootstrap(solve(reference, pairs)[0]) for cell, pairs in tests.items()}
     pretrain.print_table(before, f"before: {title}")
@@ -301,7 +332,7 @@ def main(argv=None):
         row, figures = dict(iteration=iteration, episodes=iteration * args.episodes), " " * 60
         if iteration > 0:  # row 0 of the log is the pre-trained model
             begun, rng = time.time(), np.random.default_rng([args.seed, iteration])
-            pairs = [data.sample_pair(rng, n, "rl", k) for _ in range(args.episodes)]
+            pairs = [data.sample_pair(rng, n, "rl", k, task=args.task) for _ in range(args.episodes)]
             seed = int(rng.integers(2**62))
             batch = rollout(policy, value_head, reference, pairs, args, seed)
             row |= dict(success=batch["success"].mean().item())
@@ -324,8 +355,8 @@ def main(argv=None):
             row |= evaluate(policy, *watched, args.temperature)
             tqdm.write("    N: greedy {greedy_n:.0%}, sampled {sampled_n:.0%};  N+k: greedy {greedy_nk:.0%}, "
                        "sampled {sampled_nk:.0%};  cross-entropy on 1..N: {ce_old:.5f}".format_map(row))
-            pretrain.save_checkpoint(os.path.join(args.out, "model.pt"), policy, digits=n, step=iteration,
-                                     settings=vars(args))
+            pretrain.save_checkpoint(os.path.join(args.out, "model.pt"), policy, digits=n, task=args.task,
+                                     step=iteration, settings=vars(args))
         run.log(iteration, row, last=iteration == args.iterations)
         previous = row
 

@@ -168,7 +168,7 @@ def load_checkpoint(path, device):
             raise ValueError("its vocabulary is not that of data.py")
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-        checkpoint["digits"]  # both scripts save it
+        checkpoint["digits"], checkpoint["task"]  # both scripts save it
         return model.to(device).eval(), checkpoint
     return read_file(path, build)
 
@@ -183,7 +183,7 @@ def check_finite(when, figures, folder):
 def default_folder(prefix, parser, args, unnamed):
     """out/<prefix>_<settings that differ from the defaults>_seed<seed>: runs with other settings never meet."""
     changed = [f"{name}{value}".replace(os.sep, "-") for name, value in vars(args).items()
-               if value != parser.get_default(name) and name not in (*unnamed, "seed", "device", "out", "fresh")]
+               if value != parser.get_default(name) and name not in (*unnamed, "seed", "device", "out", "fresh", "explain")]
     return "out/" + "_".join([prefix, *changed, f"seed{args.seed}"])
 
 
@@ -200,7 +200,7 @@ class Run:
     def __init__(self, args, columns, **parts):
         """parts: the modules and optimizers that training changes, by name. A state.pt is loaded into them."""
         self.folder, self.columns, self.parts = args.out, columns, parts
-        self.settings = {name: x for name, x in vars(args).items() if name not in ("out", "device", "fresh")}
+        self.settings = {name: x for name, x in vars(args).items() if name not in ("out", "device", "fresh", "explain")}
         self.step, self.rows, self.earlier, self.started = 0, [], 0.0, time.time()  # earlier: seconds of former runs
         self.saved, path = time.time(), os.path.join(self.folder, "state.pt")
         if os.path.exists(path) and not args.fresh:
@@ -241,10 +241,10 @@ class Run:
 
 
 # --------------------------------------------------------------------------- evaluation
-def sample_problems(n, n_digits, mode, seed, extra_digits=1):
+def sample_problems(n, n_digits, mode, seed, task, extra_digits=1):
     """n held-out problems, the same for the same seed."""
     rng = np.random.default_rng([seed, n_digits])
-    return [data.sample_pair(rng, n_digits, mode, extra_digits, test=True) for _ in range(n)]
+    return [data.sample_pair(rng, n_digits, mode, extra_digits, test=True, task=task) for _ in range(n)]
 
 
 def solve(model, pairs, temperature=0, seed=0, batch_size=256):
@@ -266,7 +266,7 @@ def bootstrap(values, seed=0, resamples=1000):
     return values.mean(), low, high
 
 
-def accuracy_table(model, n_digits, n_problems):
+def accuracy_table(model, n_digits, n_problems, task):
     """The paper's Tables 4 and 5, greedy: L = N .. N+3, as far as the block holds L.
 
     Returns {(mode, L): (mean, low, high)} and the failures [(text, a, b)].
@@ -274,8 +274,8 @@ def accuracy_table(model, n_digits, n_problems):
     table, failures = {}, []
     for length in range(n_digits, n_digits + 4):
         for mode in ("identical", "varying"):
-            if data.max_length(length) <= model.config.block_size:
-                pairs = sample_problems(n_problems, length, mode, seed=1)
+            if data.max_length(length, task) <= model.config.block_size:
+                pairs = sample_problems(n_problems, length, mode, 1, task)
                 correct, texts = solve(model, pairs)
                 table[mode, length] = bootstrap(correct)
                 failures += [(text, a, b) for text, (a, b), good in zip(texts, pairs, correct) if not good]
@@ -302,7 +302,7 @@ def to_batch(pairs, device):
     return ids.to(device), prompt_len.to(device), lengths.to(device)
 
 
-def pretrain_batches(n_digits, batch_size, block_size, seed, device, start=0):
+def pretrain_batches(n_digits, batch_size, block_size, seed, device, task=data.TASKS[0], start=0):
     """Endless batches (ids, prompt_len, lengths, offset) of worked problems of like length, from batch `start` on.
 
     64 batches' problems are drawn at once, sorted by the number of lines, cut into batches and shuffled: so little is
@@ -311,7 +311,7 @@ def pretrain_batches(n_digits, batch_size, block_size, seed, device, start=0):
     """
     for pool in itertools.count(start // 64):
         rng = np.random.default_rng([seed, pool])
-        pairs = [data.sample_pair(rng, n_digits, "train") for _ in range(64 * batch_size)]
+        pairs = [data.sample_pair(rng, n_digits, "train", task=task) for _ in range(64 * batch_size)]
         pairs.sort(key=lambda pair: len(str(max(pair))))
         order, places = rng.permutation(64), np.maximum(0, rng.uniform(-1 / 3, 1, (64, batch_size)))
         for i in range(start - 64 * pool if pool == start // 64 else 0, 64):
@@ -366,15 +366,16 @@ def learning_rate(step, steps, peak, warmup):
     return peak * min((step + 1) / warmup, 1.0, (steps - step) / (0.8 * steps))
 
 
-def block_for(n_digits):
+def block_for(n_digits, task):
     """The block that answers of n_digits digits need, in whole 32s: 6 -> 480."""
-    return math.ceil(data.max_length(n_digits) / 32) * 32
+    return math.ceil(data.max_length(n_digits, task) / 32) * 32
 
 
 def parse_args(argv):
     ap = Parser(description="Pre-train a GPT-2 from scratch on additions of 1..N digits.")
     add = ap.add_argument
     add("--digits", type=within(int, 1, 50), default=5, help="N: train on operands of 1..N digits")
+    add("--task", choices=data.TASKS, default=data.TASKS[0], help="what the problems are")
     add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")
     add("--steps", type=COUNT, default=3500, help="optimizer steps")
     add("--batch_size", type=COUNT, default=8, help="worked problems a step")
@@ -395,7 +396,8 @@ def parse_args(argv):
 def main(argv=None):
     # 1. Settings
     args = parse_args(argv)
-    block_size, needed = args.block_size or block_for(args.digits + 1), data.max_length(args.digits)
+    needed = data.max_length(args.digits, args.task)
+    block_size = args.block_size or block_for(args.digits + 1, args.task)
     if needed > block_size:
         raise UserError(f"--digits {args.digits} needs --block_size {needed} or more, not {block_size}")
     device = get_device(args.device)
@@ -408,17 +410,16 @@ def main(argv=None):
     others = [p for name, p in model.named_parameters() if p.dim() < 2 or ".h." not in name]
     optimizers = [Muon(matrices, lr=args.lr, weight_decay=0.1),
                   torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
-    batches = pretrain_batches(args.digits, args.batch_size, block_size, args.seed, device)
     print(f"pre-training on 1..{args.digits} digits: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"block {block_size}, {args.steps} steps of {args.batch_size} problems, on {device}")
 
     # 3. Train
-    watched = dict(identical_n=sample_problems(64, args.digits, "identical", seed=2),
-                   varying_n1=sample_problems(64, args.digits + 1, "varying", seed=2))
+    watched = dict(identical_n=sample_problems(64, args.digits, "identical", 2, args.task),
+                   varying_n1=sample_problems(64, args.digits + 1, "varying", 2, args.task))
     accuracies = dict.fromkeys(watched, 0.0)
     run = Run(args, ["step", "loss", "lr", "grad_norm", *watched, "tokens_per_s", "seconds"], model=model,
               **{type(optimizer).__name__: optimizer for optimizer in optimizers})
-    batches = pretrain_batches(args.digits, args.batch_size, block_size, args.seed, device, start=run.step)
+    batches = pretrain_batches(args.digits, args.batch_size, block_size, args.seed, device, args.task, start=run.step)
     since, losses, norms, tokens = time.time(), [], [], 0
     bar = tqdm(range(run.step + 1, args.steps + 1), desc="pre-train", unit="step", mininterval=1, dynamic_ncols=True,
                initial=run.step, total=args.steps)
@@ -452,12 +453,13 @@ def main(argv=None):
 
     # 4. Save, measure, show failures
     model.eval()
-    save_checkpoint(os.path.join(args.out, "model.pt"), model, digits=args.digits, step=args.steps, settings=vars(args))
-    table, failures = accuracy_table(model, args.digits, args.eval_problems)
+    save_checkpoint(os.path.join(args.out, "model.pt"), model, digits=args.digits, task=args.task,
+                    step=args.steps, settings=vars(args))
+    table, failures = accuracy_table(model, args.digits, args.eval_problems, args.task)
     print_table(table, f"greedy, {args.eval_problems} held-out problems a cell")
     print("\nthree failures, at their first wrong character")
     for text, a, b in failures[:: max(1, len(failures) // 3)][:3]:
-        print(f"  {a}+{b}: {data.describe_error(text, a, b)}")
+        print(f"  {a}{b:+}: {data.describe_error(text, a, b)}")
     print(f"\ntrained in {run.seconds() / 60:.1f} minutes; saved {args.out}/model.pt")
     return table
 

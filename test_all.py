@@ -207,6 +207,31 @@ Target:
         with self.assertRaisesRegex(ValueError, "mode 'test'"):
             data.sample_pair(rng, 3, "test")
 
+    def test_subtraction(self):
+        """The second task by hand: 52-7 borrows once; 4000-7 borrows through zeros."""
+        self.assertEqual(data.prompt(52, -7), "Input:\n52-7\nTarget:")
+        self.assertEqual(
+            data.answer(52, -7),
+            "\n<scratch>\n[5,2] - [7] , A=[] , C=0 , 2-7-0=-5 , A->5 , C->1\n"
+            "[5] - [] , A=[5] , C=1 , 5-0-1=4 , A->4 , C->0\n[] - [] , A=[4,5] C=0 , END\n</scratch>\n4 5\n",
+        )
+        self.assertIn("0-0-1=-1 , A->9 , C->1", data.answer(4000, -7))
+        self.assertTrue(data.answer(4000, -7).endswith("C=0 , END\n</scratch>\n3 9 9 3\n"))
+        self.assertTrue(data.grade("</scratch>\n4 5\n", 52, -7))
+        self.assertFalse(data.grade("</scratch>\n5 9\n", 52, -7))
+        for n in (1, 2):
+            lengths = [len(data.prompt(a, -b) + data.answer(a, -b)) for a in range(10**n) for b in range(1, a + 1)]
+            self.assertEqual(data.max_length(n, "subtract"), max(lengths))
+        text = data.prompt(367, -28) + data.answer(367, -28)
+        found = data.critical_positions(367, -28, 1)
+        self.assertEqual(text[found[1, 2, "comma1"] :][:3], ",8]")
+        rng = np.random.default_rng(0)
+        for mode in ("train", "identical", "varying", "rl"):
+            for _ in range(200):
+                a, b = data.sample_pair(rng, 2, mode, task="subtract")
+                self.assertTrue(0 < -b <= a and not data.held_out(a, b))
+                data.encode(data.prompt(a, b) + data.answer(a, b))
+
     def test_training_never_draws_a_held_out_problem(self):
         rng = np.random.default_rng(0)
         for mode in ("train", "identical", "varying", "rl"):
@@ -463,7 +488,7 @@ class Pretrain(unittest.TestCase):
     def test_batches(self):
         """Rows are whole worked problems, never held out, at offsets that reach the whole block."""
         batches = pretrain.pretrain_batches(2, 4, 200, 0, CPU)
-        used = set()
+        used, starts = set(), []
         for _ in range(200):
             ids, prompt_len, lengths, offset = next(batches)
             self.assertLess((lengths.max() - lengths.min()).item(), 70, "rows of a batch are of like length")
@@ -474,7 +499,9 @@ class Pretrain(unittest.TestCase):
                 self.assertFalse(data.held_out(a, b))
                 self.assertLessEqual(o + ids.shape[1], 200)
                 used |= set(range(o, o + n))
+                starts.append(o)
         self.assertEqual(used, set(range(200)))
+        self.assertAlmostEqual(np.mean(np.array(starts) == 0), 0.25, delta=0.07)  # 800 rows: 4 sigma is 0.06
 
     def test_answer_loss_by_hand(self):
         """The mean over the answers' tokens alone: neither the prompt's nor the padding's are predicted."""
@@ -741,7 +768,7 @@ class Scripts(unittest.TestCase):
         enter_a_new_folder(self)
 
     def save(self, path="model.pt", digits=1, **config):
-        pretrain.save_checkpoint(path, tiny_model(**config), digits=digits)
+        pretrain.save_checkpoint(path, tiny_model(**config), digits=digits, task="add")
         return path
 
     def fails(self, script, argv, *words):
@@ -808,6 +835,22 @@ class Scripts(unittest.TestCase):
         with open("text.pt", "w") as f:
             f.write("not a checkpoint at all")
         self.fails(analyze, ["tokens", "text.pt"], "text.pt")
+
+    def test_the_other_task_and_explain(self):
+        """Subtraction from end to end, without its name anywhere but in data.py; then one episode token by token."""
+        base = "--digits 1 --task subtract --device cpu --out".split()
+        quiet(pretrain.main, [*base, "p", "--steps", "3", "--eval_problems", "4"])
+        self.fails(ppo, ["--digits", "1", "--checkpoint", "p/model.pt"], "--task subtract")
+        rl = [*base, "r", "--checkpoint", "p/model.pt", *"--episodes 4 --final_problems 4 --eval_problems 4".split()]
+        quiet(ppo.main, [*rl, "--iterations", "1"])
+        _, printed = quiet(ppo.main, [*rl, "--iterations", "1", "--explain"])
+        self.assertRegex(printed, r"Input:\n\d\d?-\d\d?\nTarget:")
+        self.assertRegex(printed, r"reward [01] .*; mean reward of 4 episodes")
+        self.assertLessEqual(max(map(len, printed[printed.index("character") :].splitlines())), 100)
+        quiet(analyze.main, ["tokens", "r/model.pt", "--problems", "4", "--device", "cpu"])
+        for name in ("model", "kl", "pretrain", "ppo", "analyze"):
+            with open(os.path.join(HERE, name + ".py")) as f:
+                self.assertNotRegex(f.read(), '"(add|subtract)"')
 
     def test_a_pickle_that_would_run_code_is_refused(self):
         class Malicious:
@@ -902,7 +945,7 @@ class Survives(unittest.TestCase):
     def setUp(self):
         enter_a_new_folder(self)
         os.mkdir("p")  # a small pre-trained model for ppo.py, wherever it need not know anything
-        pretrain.save_checkpoint("p/model.pt", tiny_model(block_size=177), digits=1)  # not one token to spare
+        pretrain.save_checkpoint("p/model.pt", tiny_model(block_size=177), digits=1, task="add")  # not one to spare
 
     def start(self, code, folder="."):
         """Start Python code that knows the scripts, in a process of its own."""
@@ -970,7 +1013,7 @@ class Survives(unittest.TestCase):
     def test_a_file_cut_or_damaged_anywhere(self):
         """At each of its bytes: a checkpoint is refused in one line."""
         model = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=2))
-        pretrain.save_checkpoint("good.pt", model, digits=1)
+        pretrain.save_checkpoint("good.pt", model, digits=1, task="add")
         with open("good.pt", "rb") as f:
             good = f.read()
         rng, loaded = np.random.default_rng(0), 0
@@ -1003,7 +1046,7 @@ class Survives(unittest.TestCase):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         try:
             with self.assertRaisesRegex(pretrain.UserError, "^cannot write model.pt .*--out"):
-                pretrain.save_checkpoint("model.pt", tiny_model(), digits=1)
+                pretrain.save_checkpoint("model.pt", tiny_model(), digits=1, task="add")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         self.assertEqual(sorted(os.listdir()), ["model.pt", "p"], "nothing half-written is left")
