@@ -50,7 +50,14 @@ def prompt(a, b):
 
 
 def answer(a, b):
-    """The scratchpad and the result: one line a digit, least significant first, as in the header above."""
+    """The scratchpad and the result, as in the header above: one line a digit, least significant first.
+
+    A line shows the digits of both numbers that are left, the result's digits so far (A) and the carry (C); then the
+    last digits of both (0 where none is left) and the carry, added; the digit that goes in front of A; the new carry.
+    There is a line for each digit of the longer number. The closing line has no comma between A and C, and a final
+    carry shows only in the result: 99+1 ends in "[] + [] , A=[0,0] C=1 , END". A subtraction has - for + everywhere,
+    its carry is borrowed: 0 or 1 as well.
+    """
     x, y, sign = list(str(a)), list(str(abs(b))), "-" if b < 0 else "+"  # digits still to add, most significant first
     result, carry, lines = [], 0, []
     while x or y:
@@ -60,7 +67,6 @@ def answer(a, b):
         lines.append(f"{left} , {p}{sign}{q}{sign}{carry}={total} , A->{total % 10} , C->{abs(total // 10)}")
         result.insert(0, str(total % 10))
         carry = abs(total // 10)
-    # The inherited format: no comma between A and C here, and a final carry shows only in the result.
     lines.append(f"[] {sign} [] , A=[{','.join(result)}] C={carry} , END")
     return "\n<scratch>\n" + "\n".join(lines) + "\n</scratch>\n" + " ".join(str(a + b)) + "\n"
 

@@ -13,8 +13,11 @@ def entropy(logits):
 
 
 def certainty(ref_logits):
-    """Eq. 2: J(s) = (H_max - H(pi_ref(.|s))) / H_max.  (B, T, V) -> (B, T): 0 = uniform, 1 = one-hot."""
-    h_max = entropy(torch.zeros_like(ref_logits[..., :1, :]))  # log V, rounded as H is: a uniform gives exactly 0
+    """Eq. 2: J(s) = (H_max - H(pi_ref(.|s))) / H_max.  (B, T, V) -> (B, T): exactly 0 = uniform, 1 = one-hot.
+
+    H_max = log V is the entropy of a uniform, computed as H is: so they round alike.
+    """
+    h_max = entropy(torch.zeros_like(ref_logits))
     return ((h_max - entropy(ref_logits)) / h_max).clamp(0, 1)
 
 

@@ -26,7 +26,11 @@ class GPTConfig:
 
 
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(D) + mask) v, each token seeing itself and those before it: 3 times (B, H, T, D) -> (B, H, T, D)."""
+    """Causal attention, softmax(q k^T / sqrt(D) + mask) v: three times (B, H, T, D) -> (B, H, T, D).
+
+    The mask is 0 where a token may look, at itself and those before it, and -inf elsewhere. The softmax is over the
+    tokens looked at. Without scores to tell them apart, token t has the mean of the values 0..t.
+    """
     T, D = q.shape[-2:]
     mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)  # 0 on and below the diagonal
     return F.softmax(q * D**-0.5 @ k.transpose(-2, -1) + mask, -1) @ v  # q is scaled: it is smaller than q k^T

@@ -39,11 +39,13 @@ def gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation (Schulman et al. 2016), all (B, T) -> advantages (B, T), 0 outside the mask.
 
     delta_t = r_t + gamma V(s_t+1) - V(s_t);  A_t = delta_t + gamma lam A_t+1
+    A row's actions are those with mask 1, one after the other. After the last of them the episode has ended: what would
+    follow, in V as in A, is worth 0.
     """
     advantages, following = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     T = values.shape[1]
     for t in reversed(range(T)):
-        # No bootstrap after the last action: the episode ended there, and what follows is worth 0.
+        # No bootstrap after the last action.
         next_value = values[:, t + 1] * mask[:, t + 1] if t + 1 < T else 0.0
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         following = advantages[:, t] = (delta + gamma * lam * following) * mask[:, t]
@@ -58,6 +60,7 @@ def masked_mean(x, mask):
 def ppo_loss(new_logp, old_logp, advantages, mask, clip):
     """The clipped surrogate (Schulman et al. 2017, eq. 7), negated to be minimized. All (B, T) -> a scalar.
 
+    The mean over the mask of -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), with ratio = pi_new / pi_old.
     While new_logp equals old_logp, the ratio is 1, nothing is clipped, and the gradient is that of
     -advantages * new_logp. With one epoch of one minibatch that is always so: PPO is then A2C, the paper's algorithm.
     """

@@ -1,11 +1,15 @@
 """All tests.  Run: python test_all.py   (or: python test_all.py -k gae -v   or: pytest test_all.py)
 
+Options: --slow runs the tests that take minutes, too; --handout DIR writes the students' copy of the exercises.
+
 Each compares with an answer worked out by hand or by an independent route, never with a second copy of the code.
 """
 
 import argparse
+import ast
 import contextlib
 import csv
+import inspect
 import io
 import itertools
 import json
@@ -32,6 +36,7 @@ except ImportError:  # Windows
 import analyze
 import data
 import kl
+import model
 import ppo
 import pretrain
 from model import GPT, GPTConfig, generate, split_actions
@@ -78,8 +83,7 @@ def tensors_to_lists(x):
     return [tensors_to_lists(value) for value in x] if isinstance(x, (list, tuple)) else x
 
 
-class Data(unittest.TestCase):
-    WORKED = """Input:
+WORKED = """Input:
 367+28
 Target:
 <scratch>
@@ -91,13 +95,325 @@ Target:
 3 9 5
 """
 
-    def test_scratchpad_of_the_paper(self):
-        self.assertEqual(data.prompt(367, 28) + data.answer(367, 28), self.WORKED)
-        self.assertTrue(data.prompt(367, 28).endswith("Target:"))
 
-    def test_final_carry_shows_only_in_the_result(self):
-        self.assertTrue(data.answer(99, 1).endswith("[] + [] , A=[0,0] C=1 , END\n</scratch>\n1 0 0\n"))
+# --------------------------------------------------------------------------- the exercises
+# In the order of the pipeline: file, function, what to write, minutes. Each is judged by Exercises.test_exercise_<number>,
+# run with `python test_all.py -k exercise_<number>`. `--handout DIR` makes a copy with these bodies taken out.
+EXERCISES = [
+    ("data.py", "answer", "the scratchpad, a line a digit", 40),
+    ("data.py", "grade", "is the result in this text the sum?", 15),
+    ("model.py", "attention", "causal self-attention", 30),
+    ("model.py", "sample", "a token from logits, at a temperature", 15),
+    ("kl.py", "certainty", "equation 2", 15),
+    ("kl.py", "prioritized_kl", "equation 1", 15),
+    ("ppo.py", "gae", "generalized advantage estimation", 40),
+    ("ppo.py", "ppo_loss", "the clipped surrogate", 20),
+]
 
+
+def blank(source, name, number):
+    """The source of a script with the body of one function replaced by `raise NotImplementedError`; its docstring stays."""
+    function = next(node for node in ast.parse(source).body if getattr(node, "name", None) == name)
+    lines = source.splitlines(keepends=True)
+    todo = f'    raise NotImplementedError("exercise {number}: {name}")\n'
+    return "".join([*lines[: function.body[0].end_lineno], todo, *lines[function.end_lineno :]])
+
+
+def exercise_table():
+    """The table of exercises, as the README has it."""
+    head = "| exercise | file | function | what to write | minutes |\n|---|---|---|---|---|\n"
+    return head + "".join(
+        f"| `python test_all.py -k exercise_{number}` | {file} | `{function}` | {task} | {minutes} |\n"
+        for number, (file, function, task, minutes) in enumerate(EXERCISES, 1)
+    )
+
+
+def handout(folder):
+    """Write the student's copy: exercise bodies blank, without the solutions and the tests that hold them."""
+    if os.path.exists(folder):
+        raise pretrain.UserError(f"{folder} exists; give --handout a folder that does not")
+    shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns(".git", "out", "__pycache__", ".venv", "runs"))
+    for number, (file, function, _, _) in enumerate(EXERCISES, 1):
+        path = os.path.join(folder, file)
+        with open(path, encoding="utf-8") as f:
+            source = blank(f.read(), function, number)
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(source)
+    path = os.path.join(folder, "test_all.py")
+    with open(path, encoding="utf-8") as f:
+        source = f.read()
+    judge = next(node for node in ast.parse(source).body if getattr(node, "name", None) == "Judge")
+    lines = source.splitlines(keepends=True)
+    with open(path, "w", encoding="utf-8") as f:
+        f.write("".join(lines[: judge.lineno - 1] + lines[judge.end_lineno :]))
+    print(f"wrote {folder}: {len(EXERCISES)} exercises, see its README; python test_all.py -k exercise_1 judges the first")
+
+
+class Exercises(unittest.TestCase):
+    """One test an exercise. What fails says which input, what was expected, and what came instead."""
+
+    longMessage = False
+
+    def equal(self, call, got, expected):
+        self.assertEqual(got, expected, f"\n{call}\nshould be {expected!r}\nbut is   {got!r}")
+
+    def close(self, call, got, expected, tolerance=1e-5):
+        """Both tensors, or what a tensor can be made of; a nan is never close."""
+        self.assertIsInstance(got, torch.Tensor, f"\n{call}\nshould be a tensor, but is {got!r}")
+        expected = torch.as_tensor(expected, dtype=got.dtype)
+        self.assertEqual(got.shape, expected.shape, f"\n{call}\nshould have the shape {tuple(expected.shape)}, "
+                         f"but has {tuple(got.shape)}")  # fmt: skip
+        good = ((got - expected).abs() <= tolerance).all().item()
+        self.assertTrue(good, f"\n{call}\nshould be {expected.tolist()}\nbut is   {got.tolist()}")
+
+    def test_exercise_1_answer(self):
+        self.equal("prompt(367, 28) + answer(367, 28)", data.prompt(367, 28) + data.answer(367, 28), WORKED)
+        by_hand = "\n<scratch>\n[9,9] + [1] , A=[] , C=0 , 9+1+0=10 , A->0 , C->1\n"
+        by_hand += "[9] + [] , A=[0] , C=1 , 9+0+1=10 , A->0 , C->1\n[] + [] , A=[0,0] C=1 , END\n</scratch>\n1 0 0\n"
+        self.equal("answer(99, 1), whose final carry shows only in the result", data.answer(99, 1), by_hand)
+        zero = "\n<scratch>\n[0] + [0] , A=[] , C=0 , 0+0+0=0 , A->0 , C->0\n[] + [] , A=[0] C=0 , END\n</scratch>\n0\n"
+        self.equal("answer(0, 0)", data.answer(0, 0), zero)
+        borrow = "\n<scratch>\n[5,2] - [7] , A=[] , C=0 , 2-7-0=-5 , A->5 , C->1\n"
+        borrow += "[5] - [] , A=[5] , C=1 , 5-0-1=4 , A->4 , C->0\n[] - [] , A=[4,5] C=0 , END\n</scratch>\n4 5\n"
+        self.equal("answer(52, -7), the subtraction 52-7", data.answer(52, -7), borrow)
+
+    def test_exercise_2_grade(self):
+        right = WORKED
+        for text, good in (
+            (right, True),
+            ("</scratch>\n3 9 5\n", True),
+            (right + "4 0 0\n", True),  # the episode ended before the second result
+            ("", False),
+            ("\n", False),
+            ("3 9 5\n", False),
+            (right[:-1], False),
+            (right[:-2], False),
+            (right.replace("3 9 5\n", "3 9 6\n"), False),
+            (right.replace("3 9 5\n", "3 9 5 \n"), False),
+            (right.replace("3 9 5\n", " 3 9 5\n"), False),
+            (right.replace("3 9 5\n", "395\n"), False),
+            (right.replace("3 9 5\n", "0 3 9 5\n"), False),
+            (right.replace("3 9 5\n", "\n3 9 5\n"), False),
+            (right.replace("3 9 5\n", "3 9 5\r\n"), False),
+            (right.replace("3 9 5\n", "٣ ٩ ٥\n"), False),
+            (right.replace("</scratch>\n3", "</scratch>3"), False),
+            (right.replace("</scratch>\n", "</scratch>\n4 0 0\n"), False),  # the first result counts
+            (right.replace("</scratch>\n", "</scratch>\n</scratch>\n"), False),
+            ("</scratch>", False),
+            ("</scratch>\n", False),
+            ("\x00\ud800😀", False),
+            ("</scratch>\n3\u20289 5\n", False),
+        ):
+            self.equal(f"grade({text!r}, 367, 28)", data.grade(text, 367, 28), good)
+        self.equal("grade('</scratch>\\n0\\n', 0, 0)", data.grade("</scratch>\n0\n", 0, 0), True)
+        self.equal("grade('</scratch>\\n4 5\\n', 52, -7)", data.grade("</scratch>\n4 5\n", 52, -7), True)
+
+    def test_exercise_3_attention(self):
+        # Two tokens, D = 4. Token 0 sees itself alone. Token 1: scores (log 3)*2 and 0, over sqrt(4): weights 3/4, 1/4.
+        q = torch.tensor([[[[1.0, 0, 0, 0], [math.log(3), 0, 0, 0]]]])
+        k = torch.tensor([[[[2.0, 0, 0, 0], [0.0, 0, 0, 0]]]])
+        v = torch.tensor([[[[4.0, 0, 0, 8], [0.0, 4, 0, 0]]]])
+        expected = [[[[4.0, 0, 0, 8], [3.0, 1, 0, 6]]]]
+        call = f"attention(q={q.tolist()}, k={k.tolist()}, v={v.tolist()})"
+        self.close(call, model.attention(q, k, v), expected)
+        # All scores alike: token t has the mean of the values 0..t, in each of (B, H) = (2, 3) on its own.
+        v = torch.arange(24.0).view(2, 3, 4, 1)
+        q = torch.zeros(2, 3, 4, 1)
+        expected = v.cumsum(2) / torch.tensor([1.0, 2, 3, 4]).view(4, 1)
+        self.close(f"attention(q=0, k=0, v={v.tolist()})", model.attention(q, q, v), expected)
+
+    def test_exercise_4_sample(self):
+        logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 4.0, 3.0]])
+        self.close(f"sample({logits.tolist()}, temperature=0)", model.sample(logits, 0), [1, 0])
+        logits = torch.tensor([0.0, 2.0, 4.0])
+        for temperature in (0.5, 1.0, 2.0):
+            generator = torch.Generator().manual_seed(0)
+            drawn = model.sample(logits.expand(20000, 3), temperature, generator)
+            self.assertEqual(drawn.shape, (20000,), f"\nsample(logits (20000, 3), ...) has the shape {tuple(drawn.shape)}")
+            share = torch.bincount(drawn, minlength=3) / 20000
+            expected = [math.exp(x / temperature) for x in (0, 2, 4)]
+            expected = [x / sum(expected) for x in expected]  # 5 sigma of a share of 20,000 is at most 0.018
+            call = f"the shares of 0, 1, 2 in 20,000 calls of sample([0, 2, 4], temperature={temperature})"
+            self.close(call, share, expected, tolerance=0.018)
+            again = model.sample(logits.expand(20000, 3), temperature, torch.Generator().manual_seed(0))
+            self.assertTrue(torch.equal(drawn, again), "\nsample() drew other tokens with a generator of the same seed")
+
+    def test_exercise_5_certainty(self):
+        got = kl.certainty(torch.full((2, 3, 40), 1.7))
+        self.assertEqual(got.tolist(), [[0.0] * 3] * 2, f"\ncertainty of uniform logits (2, 3, 40): exactly 0, not {got}")
+        one_hot = torch.full((1, 1, 40), -torch.inf)
+        one_hot[..., 3] = 0
+        self.equal("certainty of a one-hot, logits 0 and -inf", kl.certainty(one_hot).tolist(), [[1.0]])
+        coin = torch.tensor([[[0.0, 0.0, -torch.inf, -torch.inf]]])  # H = log 2, H_max = log 4
+        self.close("certainty([[[0, 0, -inf, -inf]]])", kl.certainty(coin), [[0.5]])
+        p = [0.7, 0.2, 0.1]
+        by_hand = 1 + sum(x * math.log(x) for x in p) / math.log(3)
+        self.close(f"certainty(log({p}))", kl.certainty(torch.tensor([[p]]).log()), [[by_hand]])
+
+    def test_exercise_6_prioritized_kl(self):
+        coin = torch.tensor([[[0.0] * 2 + [-torch.inf] * 6]])  # certainty (log 8 - log 2) / log 8 = 2/3
+        for alpha, expected in ((0, 9 / 2), (1, 3.0), (3, 4 / 3)):
+            got = kl.prioritized_kl(torch.tensor([[-1.0]]), torch.tensor([[-4.0]]), coin, alpha)
+            self.close(f"prioritized_kl(logp=-1, ref_logp=-4, certainty 2/3, alpha={alpha})", got, [[expected]])
+        uniform = torch.zeros(1, 1, 4)
+        got = kl.prioritized_kl(torch.tensor([[-1.0]]), torch.tensor([[-3.0]]), uniform, 0.0)
+        self.close("prioritized_kl(logp=-1, ref_logp=-3, certainty 0, alpha=0): 0 ** 0 is 1", got, [[2.0]])
+        x, y, z = (torch.full(shape, -1.5, requires_grad=True) for shape in ((1, 1), (1, 1), (1, 1, 8)))
+        kl.prioritized_kl(x, y - 1, z + coin.clamp(-9), 2.0).sum().backward()
+        self.assertIsNone(y.grad, "\nprioritized_kl: a gradient reached ref_logp; the reference is frozen")
+        self.assertIsNone(z.grad, "\nprioritized_kl: a gradient reached ref_logits; the reference is frozen")
+
+    def test_exercise_7_gae(self):
+        for rewards, values, mask, gamma, lam, expected in (
+            ([0.0, 1], [0.0, 0], [1.0, 1], 1, 1, [1.0, 1]),
+            # delta_1 = 1 - 4 = -3; delta_0 = 0 + 4/2 - 2 = 0; A_0 = 0 + (1/2)(1/2)(-3)
+            ([0.0, 1], [2.0, 4], [1.0, 1], 0.5, 0.5, [-0.75, -3]),
+            # lambda 0: the deltas themselves, 0 + 3 - 1 and 5 - 3
+            ([0.0, 5], [1.0, 3], [1.0, 1], 1, 0, [2.0, 2]),
+            # gamma 1, lambda 1: return minus value; prompt before and padding after have 0 and are never looked at
+            ([0.0, 0, 1, 0], [9.0, 0.25, 0.5, 7], [0.0, 1, 1, 0], 1, 1, [0.0, 0.75, 0.5, 0]),
+        ):
+            got = ppo.gae(*(torch.tensor([x]) for x in (rewards, values, mask)), gamma, lam)
+            self.close(f"gae(rewards={rewards}, values={values}, mask={mask}, gamma={gamma}, lam={lam})", got, [expected])
+
+    def test_exercise_8_ppo_loss(self):
+        for ratio, advantage, expected in (
+            # min(ratio A, clip(ratio) A) with clip 0.2, and the sign turned
+            (1.0, 1.0, -1.0),
+            (1.5, 1.0, -1.2),
+            (1.5, -1.0, 1.5),
+            (0.5, 1.0, -0.5),
+            (0.5, -1.0, 0.8),
+        ):
+            log_ratio, one = torch.tensor([[math.log(ratio)]]), torch.ones(1, 1)
+            got = ppo.ppo_loss(log_ratio - 2, 0 * one - 2, advantage * one, one, 0.2)
+            self.close(f"ppo_loss at ratio {ratio}, advantage {advantage}, clip 0.2", got, expected)
+        new, mask = torch.tensor([[1.5, 1.0, 3.0]]).log(), torch.tensor([[1.0, 1.0, 0.0]])
+        got = ppo.ppo_loss(new, torch.zeros(1, 3), torch.tensor([[1.0, -1.0, 100.0]]), mask, 0.2)
+        self.close("ppo_loss at ratios 1.5, 1, 3 (masked), advantages 1, -1, 100: the mean of -1.2 and 1", got, -0.1)
+
+
+class Judge(unittest.TestCase):
+    """The tests of the exercises are tested: they fail on a blank body and on plausible wrong ones, and say why."""
+
+    WRONG = {  # function: the reference with something changed
+        "answer": [
+            (' + int(f"{sign}{carry}")', ""),  # the carry is forgotten
+            ("result.insert(0, str(total % 10))", "result.append(str(total % 10))"),  # digits in the wrong order
+            ("}] C={carry}", "}] , C={carry}"),  # a comma that the format does not have
+            ('" ".join(str(a + b))', "str(a + b)"),
+            ('" ".join(str(a + b))', '" ".join(result)'),  # the final carry is lost
+        ],
+        "grade": [
+            ("bool(end_tag and line_break)", "bool(end_tag)"),  # an answer that was cut off
+            ("result ==", "result.strip() =="),
+            ('result == " ".join(str(a + b))', 'result.replace(" ", "") == str(a + b)'),
+            ("text.partition", "text.rpartition"),  # the last result instead of the first
+        ],
+        "attention": [
+            (" + mask", ""),
+            (".triu(1)", ".triu(2)"),  # each token sees the next one
+            (" * D**-0.5", ""),
+            ("+ mask, -1)", "+ mask, -2)"),  # the softmax over the wrong axis
+            (".triu(1)", ".tril(-1)"),  # the mask turned round
+        ],
+        "sample": [
+            ("logits / temperature", "logits * temperature"),
+            ("argmax(-1)", "argmin(-1)"),
+            (", generator=generator", ""),
+            ("F.softmax(logits / temperature, -1)", "F.softmax(logits, -1)"),
+            ("[:, 0]", ""),
+        ],
+        "certainty": [
+            (" / h_max", ""),
+            ("(h_max - entropy(ref_logits))", "entropy(ref_logits)"),  # uncertainty
+            ("entropy(ref_logits))", "-(ref_logits.softmax(-1) * ref_logits.log_softmax(-1)).sum(-1))"),  # 0 log 0
+            ("entropy(ref_logits))", "entropy(ref_logits.mT))"),  # the wrong axis
+        ],
+        "prioritized_kl": [
+            ("** alpha", "* alpha"),
+            ("(logp - ref_logp.detach()) ** 2 / 2", "(logp - ref_logp.detach())"),  # k1
+            (" / 2", ""),
+            ("ref_logp.detach()", "ref_logp"),
+            ("certainty(ref_logits.detach())", "(1 - certainty(ref_logits.detach()))"),
+        ],
+        "gae": [
+            ("gamma * lam * following", "gamma * following"),
+            ("- values[:, t]", "+ values[:, t]"),
+            (" * mask[:, t + 1]", ""),  # the value of padding
+            ("values[:, t + 1]", "values[:, t]"),
+            ("following) * mask[:, t]", "following)"),
+        ],
+        "ppo_loss": [
+            ("torch.min", "torch.max"),
+            ("return -", "return "),
+            ("1 - clip, 1 + clip", "-clip, clip"),
+            (", mask)", ", torch.ones_like(mask))"),  # the mask forgotten
+            ("new_logp - old_logp", "old_logp - new_logp"),
+        ],
+    }
+
+    def judge(self, number, source):
+        """Run exercise `number`'s test with another source of its function -> the unittest.TestResult."""
+        file, name, _, _ = EXERCISES[number - 1]
+        module, found = sys.modules[file.removesuffix(".py")], {}
+        exec(compile(source, f"<another {name}>", "exec"), vars(module), found)
+        test = next(test for test in dir(Exercises) if test.startswith(f"test_exercise_{number}_"))
+        result = unittest.TestResult()
+        with mock.patch.object(module, name, found[name]):
+            Exercises(test).run(result)
+        return result
+
+    def test_blank_wrong_and_right_solutions(self):
+        self.assertEqual(list(self.WRONG), [name for _, name, _, _ in EXERCISES])
+        for number, (file, name, _, _) in enumerate(EXERCISES, 1):
+            source = inspect.getsource(getattr(sys.modules[file.removesuffix(".py")], name))
+            self.assertTrue(self.judge(number, source).wasSuccessful(), name)
+            result = self.judge(number, blank(source, name, number))
+            self.assertEqual((len(result.errors), result.failures), (1, []), name)
+            self.assertIn(f"NotImplementedError: exercise {number}: {name}", result.errors[0][1])
+            self.assertGreaterEqual(len(self.WRONG[name]), 3)
+            for old, new in self.WRONG[name]:
+                with self.subTest(function=name, wrong=f"{old!r} -> {new!r}"):
+                    head, doc, body = source.rpartition('"""')
+                    self.assertIn(old, body, "the reference has what is changed")
+                    result = self.judge(number, head + doc + body.replace(old, new))
+                    self.assertEqual(len(result.failures) + len(result.errors), 1, "a wrong solution passes")
+                    if result.failures:
+                        self.assertIn(name, result.failures[0][1], "the message names the call")
+
+    def test_the_handout_holds_no_solution(self):
+        enter_a_new_folder(self)
+        quiet(handout, "copy")
+        with self.assertRaisesRegex(pretrain.UserError, "copy exists"):
+            handout("copy")
+        self.assertEqual(set(os.listdir(HERE)) - set(os.listdir("copy")) - {".git", "out", "__pycache__", ".venv"}, set())
+        texts = {}
+        for folder, _, names in os.walk("copy"):
+            for name in names:
+                if name.endswith((".py", ".md", "run")):
+                    with open(os.path.join(folder, name), encoding="utf-8") as f:
+                        texts[name] = f.read()
+        for number, (file, name, _, _) in enumerate(EXERCISES, 1):
+            source = inspect.getsource(getattr(sys.modules[file.removesuffix(".py")], name))
+            body = source[source.index('"""', source.index('"""') + 3) + 3 :]
+            for line in body.splitlines():
+                for where, text in texts.items():
+                    if len(line.split("#")[0].strip()) > 25:
+                        self.assertNotIn(line.split("#")[0].strip(), text, f"{where} holds a line of {name}")
+            self.assertIn(f'raise NotImplementedError("exercise {number}: {name}")', texts[file])
+            self.assertIn(source[: source.index('"""', source.index('"""') + 3)], texts[file], "the docstring stays")
+        command = [sys.executable, "test_all.py", "-k", "exercise"]
+        done = subprocess.run(command, cwd="copy", capture_output=True, text=True)
+        self.assertEqual(done.stderr.count("NotImplementedError: exercise"), len(EXERCISES), done.stderr[-500:])
+        self.assertIn(f"FAILED (errors={len(EXERCISES)})", done.stderr)
+
+    def test_the_readme_has_the_table_of_exercises(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as f:
+            self.assertTrue(exercise_table() in f.read(), "README.md lacks\n" + exercise_table())
+
+
+class Data(unittest.TestCase):
     def test_lengths(self):
         lengths = [118, 177, 242, 313, 390, 473, 562, 657, 758, 865]  # of the paper's format, for nines
         self.assertEqual([data.max_length(n) for n in range(1, 11)], lengths)
@@ -107,7 +423,7 @@ Target:
 
     def test_vocabulary_round_trip(self):
         self.assertEqual(len(set(data.VOCAB)), len(data.VOCAB))
-        self.assertEqual(data.decode(data.encode(self.WORKED)), self.WORKED)
+        self.assertEqual(data.decode(data.encode(WORKED)), WORKED)
         self.assertEqual(data.encode(data.VOCAB), list(range(len(data.VOCAB))))
 
     def test_unknown_characters_and_ids_are_named(self):
@@ -117,41 +433,10 @@ Target:
             with self.assertRaisesRegex(ValueError, str(bad)):
                 data.decode([0, bad])
 
-    def test_grade(self):
-        right = self.WORKED
-        self.assertTrue(data.grade(right, 367, 28))
-        self.assertTrue(data.grade("</scratch>\n3 9 5\n", 367, 28))
-        self.assertTrue(data.grade(right + "4 0 0\n", 367, 28), "the episode ended before the second result")
-        self.assertTrue(data.grade("</scratch>\n0\n", 0, 0))
-        wrong = [
-            "",
-            "\n",
-            "3 9 5\n",
-            right[:-1],
-            right[:-2],
-            right.replace("3 9 5\n", "3 9 6\n"),
-            right.replace("3 9 5\n", "3 9 5 \n"),
-            right.replace("3 9 5\n", " 3 9 5\n"),
-            right.replace("3 9 5\n", "395\n"),
-            right.replace("3 9 5\n", "0 3 9 5\n"),
-            right.replace("3 9 5\n", "\n3 9 5\n"),
-            right.replace("3 9 5\n", "3 9 5\r\n"),
-            right.replace("3 9 5\n", "٣ ٩ ٥\n"),
-            right.replace("</scratch>\n3", "</scratch>3"),
-            right.replace("</scratch>\n", "</scratch>\n4 0 0\n"),
-            right.replace("</scratch>\n", "</scratch>\n</scratch>\n"),
-            "</scratch>",
-            "</scratch>\n",
-            "\x00\ud800😀",
-            "</scratch>\n3\u20289 5\n",
-        ]
-        for text in wrong:
-            self.assertFalse(data.grade(text, 367, 28), repr(text))
-
     def test_grade_any_text(self):
         rng = np.random.default_rng(0)
         for _ in range(2000):  # the right text with random characters cut, doubled and put in
-            text = self.WORKED
+            text = WORKED
             for _ in range(rng.integers(1, 4)):
                 i = rng.integers(0, len(text) + 1)
                 text = (
@@ -162,7 +447,7 @@ Target:
             self.assertIn(data.grade(text, 367, 28), (True, False))
 
     def test_critical_positions_of_a_worked_example(self):
-        text, found = self.WORKED, data.critical_positions(367, 28, 2)
+        text, found = WORKED, data.critical_positions(367, 28, 2)
         line1, line2, line3 = text.index("[3,6,7]"), text.index("[3,6] "), text.index("[3] ")
         self.assertEqual(
             found,
@@ -382,14 +667,6 @@ class Model(unittest.TestCase):
         ids, lengths = generate(oracle, prompts, 10, 0)
         self.assertEqual(data.decode(ids[0, : lengths[0]]), text[: len(prompts[0]) + 10])
 
-    def test_sampling_has_the_softmax_probabilities(self):
-        model, prompt, temperature = self.model, self.prompts[0], 2.0
-        with torch.no_grad():
-            expected = (model(torch.tensor([prompt]))[0][0, -1] / temperature).softmax(-1)
-        ids, _ = generate(model, [prompt] * 20000, 1, temperature, torch.Generator().manual_seed(0))
-        share = torch.bincount(ids[:, len(prompt)], minlength=40) / 20000
-        torch.testing.assert_close(share, expected, atol=0.02, rtol=0)  # 5 sigma of a share of 20,000 is at most 0.018
-
     def test_what_does_not_fit_the_block(self):
         with self.assertRaisesRegex(ValueError, "block of 128"):
             self.model(torch.zeros(1, 129, dtype=torch.long))
@@ -405,22 +682,6 @@ class Model(unittest.TestCase):
 
 
 class KL(unittest.TestCase):
-    def test_certainty_by_hand(self):
-        self.assertTrue((kl.certainty(torch.full((2, 3, 40), 1.7)) == 0).all(), "uniform: exactly 0")
-        one_hot = torch.full((1, 1, 40), -torch.inf)
-        one_hot[..., 3] = 0
-        self.assertEqual(kl.certainty(one_hot).item(), 1.0)
-        coin = torch.tensor([[[0.0, 0.0, -torch.inf, -torch.inf]]])  # H = log 2, H_max = log 4
-        self.assertAlmostEqual(kl.certainty(coin).item(), 0.5, places=6)
-        p = torch.tensor([[[0.7, 0.2, 0.1]]])
-        by_hand = 1 + (0.7 * math.log(0.7) + 0.2 * math.log(0.2) + 0.1 * math.log(0.1)) / math.log(3)
-        self.assertAlmostEqual(kl.certainty(p.log()).item(), by_hand, places=6)
-
-    def test_prioritized_kl_by_hand(self):
-        coin = torch.tensor([[[0.0, 0.0, -torch.inf, -torch.inf]]])
-        got = kl.prioritized_kl(torch.tensor([[-1.0]]), torch.tensor([[-3.0]]), coin, alpha=3)
-        self.assertAlmostEqual(got.item(), 0.5**3 * 2.0, places=5)
-
     def test_alpha_0_is_the_standard_penalty_to_the_last_bit(self):
         torch.manual_seed(0)
         logp, ref_logp, ref_logits = -torch.rand(2, 5), -torch.rand(2, 5), torch.randn(2, 5, 40)
@@ -543,32 +804,6 @@ class PPO(unittest.TestCase):
     def sgd(self):
         return torch.optim.SGD(self.policy.parameters(), lr=0.0)  # its gradients stay behind to be looked at
 
-    def test_gae_by_hand(self):
-        ones = torch.ones(1, 2)
-        self.assertEqual(ppo.gae(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), ones, 1.0, 1.0).tolist(), [[1.0, 1.0]])
-        # gamma 1/2, lambda 1/2: delta_1 = 1 - 4 = -3; delta_0 = 0 + 2 - 2 = 0; A_0 = 0 - 3/4
-        self.assertEqual(
-            ppo.gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 4.0]]), ones, 0.5, 0.5).tolist(), [[-0.75, -3.0]]
-        )
-        # lambda 1, gamma 1: return minus value; prompt before and padding after have advantage 0 and are never looked at
-        got = ppo.gae(
-            torch.tensor([[0.0, 0.0, 1.0, 0.0]]),
-            torch.tensor([[9.0, 0.25, 0.5, 7.0]]),
-            torch.tensor([[0.0, 1.0, 1.0, 0.0]]),
-            1.0,
-            1.0,
-        )
-        self.assertEqual(got.tolist(), [[0.0, 0.75, 0.5, 0.0]])
-
-    def test_ppo_loss_by_hand(self):
-        ratio = torch.tensor([[1.0, 1.5, 1.5, 0.5, 0.5, 3.0]])
-        advantages = torch.tensor([[1.0, 1.0, -1.0, 1.0, -1.0, 100.0]])
-        mask = torch.tensor([[1.0, 1.0, 1.0, 1.0, 1.0, 0.0]])
-        # min(ratio A, clip(ratio) A) = 1, 1.2, -1.5, 0.5, -0.8; the last is masked; their mean is 0.08
-        self.assertAlmostEqual(
-            ppo.ppo_loss(ratio.log(), torch.zeros(1, 6), advantages, mask, 0.2).item(), -0.08, places=6
-        )
-
     def test_explained_variance(self):
         returns, mask = torch.tensor([[0.0, 1.0, 5.0]]), torch.tensor([[1.0, 1.0, 0.0]])
         self.assertEqual(ppo.explained_variance(returns, returns.clone(), mask).item(), 1.0)
@@ -687,7 +922,7 @@ class PPO(unittest.TestCase):
 
 class Analyze(unittest.TestCase):
     def test_first_error_and_where(self):
-        right = Data.WORKED
+        right = WORKED
         self.assertIsNone(data.first_error(right, 367, 28))
         self.assertEqual(data.first_error(right[:50], 367, 28), 50)
         wrong = right.replace("[2,8]", "[2,2]")
@@ -709,7 +944,7 @@ class Analyze(unittest.TestCase):
         self.assertEqual(data.describe_error(right, 367, 28), "no error")
 
     def test_table_1_by_hand(self):
-        text = Data.WORKED
+        text = WORKED
         sure = np.ones(len(text))
         critical = data.critical_positions(367, 28, 2)
         for i in critical.values():
@@ -722,7 +957,7 @@ class Analyze(unittest.TestCase):
         self.assertAlmostEqual(rows["non-critical (mean)"][0], 1 - (n - 6 + 5 * 0.5) / (n - 1))
 
     def test_table_1_counts_only_up_to_the_first_error(self):
-        text, start = Data.WORKED.replace("[3,6,7]", "[3,6,9]"), len(data.prompt(367, 28))
+        text, start = WORKED.replace("[3,6,7]", "[3,6,9]"), len(data.prompt(367, 28))
         sure = np.ones(len(text))
         sure[text.index("9]")] = 0.2  # the critical digit, wrong: the last token that counts
         sure[text.index("9]") + 1 :] = 0.0
@@ -1165,4 +1400,9 @@ class Survives(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    unittest.main()
+    if sys.argv[1:2] == ["--handout"]:
+        sys.argv[1:2] = []
+        folder = sys.argv[1] if len(sys.argv) == 2 else ""
+        pretrain.start(lambda: handout(folder))
+    else:
+        unittest.main()
