@@ -33,6 +33,7 @@ class ValueHead(nn.Sequential):
     def __init__(self, n_embd):
         super().__init__(nn.Linear(n_embd, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 1),
                          nn.Flatten(-2))  # (B, T, 1) -> (B, T)
+        nn.init.zeros_(self[4].weight)  # before it has learned anything, it says the same everywhere
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -55,6 +56,13 @@ def gae(rewards, values, mask, gamma, lam):
 def masked_mean(x, mask):
     """Mean of x (B, T) over the actions with mask 1."""
     return (x * mask).sum() / mask.sum()
+
+
+def normalize(advantages, mask):
+    """Mean 0 and standard deviation 1 over the mask. A floor on the deviation: where no answer was right, or all were,
+    the critic's noise is not to be blown up into a signal."""
+    mean = masked_mean(advantages, mask)
+    return (advantages - mean) / masked_mean((advantages - mean) ** 2, mask).sqrt().clamp(min=0.1)
 
 
 def ppo_loss(new_logp, old_logp, advantages, mask, clip):
@@ -135,11 +143,8 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
     --epochs 1 --minibatches 1 is A2C, the paper's algorithm: one gradient step, at the policy that acted.
     A figure that is nan or infinite stops the run, before it gets into the weights; `when` is for that message.
     """
-    advantages, mask = batch["advantages"], batch["mask"]
-    mean = masked_mean(advantages, mask)
-    std = masked_mean((advantages - mean) ** 2, mask).sqrt()
-    # The floor on std: where no answer was right, the critic's noise is not to be blown up into a signal.
-    batch = batch | dict(advantages=(advantages - mean) / std.clamp(min=0.1))
+    mask = batch["mask"]
+    batch = batch | dict(advantages=normalize(batch["advantages"], mask))
     totals = {}
     for _ in range(args.epochs):
         for rows in torch.randperm(len(mask), generator=generator).to(mask.device).tensor_split(args.minibatches):
@@ -215,24 +220,26 @@ def explain(batch, pairs, args):
     i = int(batch["success"].argmin())
     (a, b), T = pairs[i], int(batch["lengths"][i])
     text = data.decode([*batch["states"][i, :T].tolist(), batch["actions"][i, T - 1].item()])
-    print(f"\n{text}\nreward {batch['success'][i]:.0f} ({data.describe_error(text, a, b)}); "
+    print(f"\n{text}\nids of the prompt: {data.encode(data.prompt(a, b))}\nreward {batch['success'][i]:.0f} ({data.describe_error(text, a, b)}); "
           f"mean reward of {len(pairs)} episodes {batch['success'].mean():.2f}\n")
     surprise = batch["old_logp"] - batch["ref_logp"]
     sure = certainty(batch["ref_logits"])
     penalty = prioritized_kl(batch["old_logp"], batch["ref_logp"], batch["ref_logits"], args.alpha)
-    print("character   id  p(policy)  p(pre-trained)  certainty  certainty^alpha  log-ratio  penalty  advantage")
+    advantages = normalize(batch["advantages"], batch["mask"])
+    loss = -advantages + args.kl_coef * penalty  # the ratio is 1; without the entropy bonus
+    print("character id   log pi  log pi_ref  log-ratio  certainty  ^alpha  penalty  GAE  normalized     loss")
     hidden = 0
     for t in batch["mask"][i].nonzero()[:, 0].tolist():
         if sure[i, t] > 0.999 and abs(surprise[i, t]) < 0.001 and t + 1 < T:
             hidden += 1
             continue
         if hidden:
-            print(f"      ... {hidden} characters of which both models are certain")
+            print(f"    ... {hidden} of which both models are certain")
             hidden = 0
         token = batch["actions"][i, t].item()
-        print(f"{data.decode([token])!r:>9} {token:4d} {batch['old_logp'][i, t].exp():10.4f} "
-              f"{batch['ref_logp'][i, t].exp():15.4f} {sure[i, t]:10.4f} {sure[i, t] ** args.alpha:16.4f} "
-              f"{surprise[i, t]:10.4f} {penalty[i, t]:8.4f} {batch['advantages'][i, t]:10.4f}")
+        print(f"{data.decode([token])!r:>8} {token:3d} {batch['old_logp'][i, t]:8.4f} {batch['ref_logp'][i, t]:11.4f} "
+              f"{surprise[i, t]:10.4f} {sure[i, t]:10.4f} {sure[i, t] ** args.alpha:7.4f} {penalty[i, t]:8.4f} "
+              f"{batch['advantages'][i, t]:4.1f} {advantages[i, t]:11.4f} {loss[i, t]:8.4f}")
 
 
 COLUMNS = ["iteration", "episodes", "success", "kl", "penalty", "entropy", "clip_fraction", "value_loss",
