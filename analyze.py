@@ -2,6 +2,7 @@
 
     python analyze.py tokens out/pretrain_n5_small_seed0/model.pt     Figure 5 and Table 1: where is the model unsure?
     python analyze.py curves out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  learning curves of runs, side by side
+    python analyze.py critical out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  Figure 7: do the critical tokens come right?
 
 Pictures go to out/figures.
 """
@@ -151,6 +152,10 @@ PANELS = {  # column of log.csv: the panel's title, with the unit
     "loss": "loss (nats a token)", "identical_n": "accuracy on N, identical (share)",
     "varying_n1": "accuracy on N+1, varying (share)",
 }
+CRITICAL = {  # the six places of the paper's Figure 7
+    f"p_l{line}o{operand}": f"P(right comma), line {line}, operand {operand} (share)"
+    for operand in (1, 2) for line in (1, 2, 3)
+}
 
 
 def load_run(folder):
@@ -182,7 +187,7 @@ def group_runs(runs):
 def curves(args):
     groups = group_runs([load_run(folder) for folder in args.runs])
     logs = [log for members in groups.values() for log in members]
-    panels = [name for name in PANELS if all(name in log and not np.isnan(log[name]).all() for log in logs)]
+    panels = [name for name in args.panels if all(name in log and not np.isnan(log[name]).all() for log in logs)]
     if not panels:
         raise UserError("these runs have no column in common to draw; give runs of one script")
     x_name = "episodes" if "episodes" in logs[0] else "step"
@@ -201,15 +206,15 @@ def curves(args):
             if len(members) > 1:
                 band = np.array([bootstrap(column)[1:] for column in y.T])
                 axis.fill_between(x, band[:, 0], band[:, 1], color=line.get_color(), alpha=0.2, lw=0)
-        axis.set(xlabel=x_name, ylim=(0, 1.03) if "share" in PANELS[name] else None)
-        axis.set_title(PANELS[name], fontsize=9)
+        axis.set(xlabel=x_name, ylim=(0, 1.03) if "share" in args.panels[name] else None)
+        axis.set_title(args.panels[name], fontsize=9)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2,
                   frameon=False)
     figure.tight_layout()
-    save_figure(figure, args.out, "curves.png")
+    save_figure(figure, args.out, f"{args.verb}.png")
 
 
 def main(argv=None):
@@ -228,7 +233,11 @@ def main(argv=None):
 
     verb = verbs.add_parser("curves", help="learning curves; mean and 95%% band where seeds repeat")
     verb.add_argument("runs", nargs="+", help="folders of runs, all of pretrain.py or all of ppo.py")
-    verb.set_defaults(run=curves)
+    verb.set_defaults(run=curves, panels=PANELS)
+
+    verb = verbs.add_parser("critical", help="probability of the right token at six critical places, over training (Figure 7)")
+    verb.add_argument("runs", nargs="+", help="folders of runs of ppo.py")
+    verb.set_defaults(run=curves, panels=CRITICAL)
 
     for verb in verbs.choices.values():
         verb.add_argument("--out", default="out/figures", help="folder for the pictures")

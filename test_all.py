@@ -1165,7 +1165,8 @@ class Scripts(unittest.TestCase):
         self.assertIn("Table 1", printed)
         quiet(analyze.main, ["curves", run])
         quiet(analyze.main, ["curves", os.path.dirname(pretrained)])
-        self.assertEqual(sorted(os.listdir("out/figures")), ["curves.png", "tokens.png"])
+        quiet(analyze.main, ["critical", run])
+        self.assertEqual(sorted(os.listdir("out/figures")), ["critical.png", "curves.png", "tokens.png"])
 
 
 class Survives(unittest.TestCase):
