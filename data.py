@@ -56,7 +56,7 @@ def answer(a, b):
     last digits of both (0 where none is left) and the carry, added; the digit that goes in front of A; the new carry.
     There is a line for each digit of the longer number. The closing line has no comma between A and C, and a final
     carry shows only in the result: 99+1 ends in "[] + [] , A=[0,0] C=1 , END". A subtraction has - for + everywhere,
-    its carry is borrowed: 0 or 1 as well.
+    its carry, 0 or 1 as well, is what was borrowed. The result is a + b without leading zeros, which A may have.
     """
     x, y, sign = list(str(a)), list(str(abs(b))), "-" if b < 0 else "+"  # digits still to add, most significant first
     result, carry, lines = [], 0, []

@@ -15,7 +15,7 @@ def entropy(logits):
 def certainty(ref_logits):
     """Eq. 2: J(s) = (H_max - H(pi_ref(.|s))) / H_max.  (B, T, V) -> (B, T): exactly 0 = uniform, 1 = one-hot.
 
-    H_max = log V is the entropy of a uniform, computed as H is: so they round alike.
+    H_max = log V is the entropy of a uniform; computed as H is, it rounds alike. Rounding must not leave [0, 1].
     """
     h_max = entropy(torch.zeros_like(ref_logits))
     return ((h_max - entropy(ref_logits)) / h_max).clamp(0, 1)

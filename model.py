@@ -29,7 +29,7 @@ def attention(q, k, v):
     """Causal attention, softmax(q k^T / sqrt(D) + mask) v: three times (B, H, T, D) -> (B, H, T, D).
 
     The mask is 0 where a token may look, at itself and those before it, and -inf elsewhere. The softmax is over the
-    tokens looked at. Without scores to tell them apart, token t has the mean of the values 0..t.
+    tokens looked at. Without scores to tell them apart, token t has the mean of the values 0..t. All in the dtype of q.
     """
     T, D = q.shape[-2:]
     mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)  # 0 on and below the diagonal

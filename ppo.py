@@ -37,7 +37,7 @@ class ValueHead(nn.Sequential):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalized advantage estimation (Schulman et al. 2016), all (B, T) -> advantages (B, T), 0 outside the mask.
+    """Generalized advantage estimation (Schulman et al. 2016), all (B, T) -> new advantages (B, T), 0 outside the mask.
 
     delta_t = r_t + gamma V(s_t+1) - V(s_t);  A_t = delta_t + gamma lam A_t+1
     A row's actions are those with mask 1, one after the other. After the last of them the episode has ended: what would

@@ -111,6 +111,9 @@ EXERCISES = [
 ]
 
 
+COPIED = "pretrain.py analyze.py README.md LICENSE requirements.txt .gitignore .ci assets".split()  # as they are
+
+
 def blank(source, name, number):
     """The source of a script with the body of one function replaced by `raise NotImplementedError`; its docstring stays."""
     function = next(node for node in ast.parse(source).body if getattr(node, "name", None) == name)
@@ -132,20 +135,24 @@ def handout(folder):
     """Write the student's copy: exercise bodies blank, without the solutions and the tests that hold them."""
     if os.path.exists(folder):
         raise pretrain.UserError(f"{folder} exists; give --handout a folder that does not")
-    shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns(".git", "out", "__pycache__", ".venv", "runs"))
+    with open(os.path.join(HERE, "test_all.py"), encoding="utf-8") as f:
+        source = f.read()
+    lines = source.splitlines(keepends=True)
+    judge = [node for node in ast.parse(source).body if getattr(node, "name", None) == "Judge"]
+    if not judge:
+        raise pretrain.UserError("this is a hand-out copy already; the original makes them")
+    os.makedirs(folder)
+    for name in sorted({file for file, _, _, _ in EXERCISES} | set(COPIED)):
+        copy = shutil.copytree if os.path.isdir(os.path.join(HERE, name)) else shutil.copy
+        copy(os.path.join(HERE, name), os.path.join(folder, name))
     for number, (file, function, _, _) in enumerate(EXERCISES, 1):
         path = os.path.join(folder, file)
         with open(path, encoding="utf-8") as f:
             source = blank(f.read(), function, number)
         with open(path, "w", encoding="utf-8") as f:
             f.write(source)
-    path = os.path.join(folder, "test_all.py")
-    with open(path, encoding="utf-8") as f:
-        source = f.read()
-    judge = next(node for node in ast.parse(source).body if getattr(node, "name", None) == "Judge")
-    lines = source.splitlines(keepends=True)
-    with open(path, "w", encoding="utf-8") as f:
-        f.write("".join(lines[: judge.lineno - 1] + lines[judge.end_lineno :]))
+    with open(os.path.join(folder, "test_all.py"), "w", encoding="utf-8") as f:
+        f.write("".join(lines[: judge[0].lineno - 1] + lines[judge[0].end_lineno :]))
     print(f"wrote {folder}: {len(EXERCISES)} exercises, see its README; python test_all.py -k exercise_1 judges the first")
 
 
@@ -157,6 +164,12 @@ class Exercises(unittest.TestCase):
     def equal(self, call, got, expected):
         self.assertEqual(got, expected, f"\n{call}\nshould be {expected!r}\nbut is   {got!r}")
 
+    def same_text(self, call, got, expected):
+        self.assertIsInstance(got, str, f"\n{call} should be a text, but is {got!r}")
+        i = next((i for i, (x, y) in enumerate(zip(got, expected)) if x != y), min(len(got), len(expected)))
+        self.assertEqual(got, expected, f"\n{call}\nshould be\n{expected}\nbut is\n{got}\nThey differ from character {i} on: "
+                         f"{expected[i : i + 12]!r} became {got[i : i + 12]!r}")  # fmt: skip
+
     def close(self, call, got, expected, tolerance=1e-5):
         """Both tensors, or what a tensor can be made of; a nan is never close."""
         self.assertIsInstance(got, torch.Tensor, f"\n{call}\nshould be a tensor, but is {got!r}")
@@ -167,15 +180,18 @@ class Exercises(unittest.TestCase):
         self.assertTrue(good, f"\n{call}\nshould be {expected.tolist()}\nbut is   {got.tolist()}")
 
     def test_exercise_1_answer(self):
-        self.equal("prompt(367, 28) + answer(367, 28)", data.prompt(367, 28) + data.answer(367, 28), WORKED)
+        self.same_text("prompt(367, 28) + answer(367, 28)", data.prompt(367, 28) + data.answer(367, 28), WORKED)
         by_hand = "\n<scratch>\n[9,9] + [1] , A=[] , C=0 , 9+1+0=10 , A->0 , C->1\n"
         by_hand += "[9] + [] , A=[0] , C=1 , 9+0+1=10 , A->0 , C->1\n[] + [] , A=[0,0] C=1 , END\n</scratch>\n1 0 0\n"
-        self.equal("answer(99, 1), whose final carry shows only in the result", data.answer(99, 1), by_hand)
+        self.same_text("answer(99, 1), whose final carry shows only in the result", data.answer(99, 1), by_hand)
         zero = "\n<scratch>\n[0] + [0] , A=[] , C=0 , 0+0+0=0 , A->0 , C->0\n[] + [] , A=[0] C=0 , END\n</scratch>\n0\n"
-        self.equal("answer(0, 0)", data.answer(0, 0), zero)
+        self.same_text("answer(0, 0)", data.answer(0, 0), zero)
         borrow = "\n<scratch>\n[5,2] - [7] , A=[] , C=0 , 2-7-0=-5 , A->5 , C->1\n"
         borrow += "[5] - [] , A=[5] , C=1 , 5-0-1=4 , A->4 , C->0\n[] - [] , A=[4,5] C=0 , END\n</scratch>\n4 5\n"
-        self.equal("answer(52, -7), the subtraction 52-7", data.answer(52, -7), borrow)
+        self.same_text("answer(52, -7), the subtraction 52-7", data.answer(52, -7), borrow)
+        zero = "\n<scratch>\n[1,2] - [5] , A=[] , C=0 , 2-5-0=-3 , A->7 , C->1\n"
+        zero += "[1] - [] , A=[7] , C=1 , 1-0-1=0 , A->0 , C->0\n[] - [] , A=[0,7] C=0 , END\n</scratch>\n7\n"
+        self.same_text("answer(12, -5), whose A has a leading zero, the result has not", data.answer(12, -5), zero)
 
     def test_exercise_2_grade(self):
         right = WORKED
@@ -221,6 +237,8 @@ class Exercises(unittest.TestCase):
         q = torch.zeros(2, 3, 4, 1)
         expected = v.cumsum(2) / torch.tensor([1.0, 2, 3, 4]).view(4, 1)
         self.close(f"attention(q=0, k=0, v={v.tolist()})", model.attention(q, q, v), expected)
+        got = model.attention(q.bfloat16(), q.bfloat16(), v.bfloat16())
+        self.equal("the dtype of attention of bfloat16", got.dtype, torch.bfloat16)
 
     def test_exercise_4_sample(self):
         logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 4.0, 3.0]])
@@ -248,6 +266,8 @@ class Exercises(unittest.TestCase):
         self.close("certainty([[[0, 0, -inf, -inf]]])", kl.certainty(coin), [[0.5]])
         p = [0.7, 0.2, 0.1]
         by_hand = 1 + sum(x * math.log(x) for x in p) / math.log(3)
+        near = 1e-4 * torch.randn(1, 1000, 40, generator=torch.Generator().manual_seed(0))
+        self.assertTrue((kl.certainty(near) >= 0).all(), "\ncertainty of nearly uniform logits is below 0, by rounding")
         self.close(f"certainty(log({p}))", kl.certainty(torch.tensor([[p]]).log()), [[by_hand]])
 
     def test_exercise_6_prioritized_kl(self):
@@ -273,8 +293,14 @@ class Exercises(unittest.TestCase):
             # gamma 1, lambda 1: return minus value; prompt before and padding after have 0 and are never looked at
             ([0.0, 0, 1, 0], [9.0, 0.25, 0.5, 7], [0.0, 1, 1, 0], 1, 1, [0.0, 0.75, 0.5, 0]),
         ):
-            got = ppo.gae(*(torch.tensor([x]) for x in (rewards, values, mask)), gamma, lam)
+            given = [torch.tensor([x]) for x in (rewards, values, mask)]
+            got = ppo.gae(*given, gamma, lam)
             self.close(f"gae(rewards={rewards}, values={values}, mask={mask}, gamma={gamma}, lam={lam})", got, [expected])
+            self.equal("gae changed its inputs: they", [x.tolist() for x in given], [[rewards], [values], [mask]])
+        rewards, values, mask = [[0.0, 1, 0], [0, 0, 2]], [[0.5, 0.5, 9], [9, 1, 1]], [[1.0, 1, 0], [0, 1, 1]]
+        got = ppo.gae(torch.tensor(rewards), torch.tensor(values), torch.tensor(mask), 1.0, 1.0)
+        expected = [[0.5, 0.5, 0], [0, 1, 1]]
+        self.close(f"gae(rewards={rewards}, values={values}, mask={mask}, gamma=1, lam=1)", got, expected)
 
     def test_exercise_8_ppo_loss(self):
         for ratio, advantage, expected in (
@@ -291,6 +317,10 @@ class Exercises(unittest.TestCase):
         new, mask = torch.tensor([[1.5, 1.0, 3.0]]).log(), torch.tensor([[1.0, 1.0, 0.0]])
         got = ppo.ppo_loss(new, torch.zeros(1, 3), torch.tensor([[1.0, -1.0, 100.0]]), mask, 0.2)
         self.close("ppo_loss at ratios 1.5, 1, 3 (masked), advantages 1, -1, 100: the mean of -1.2 and 1", got, -0.1)
+        new, old = torch.tensor([[-1.0, -2.0]], requires_grad=True), torch.tensor([[-1.0, -2.0]])
+        ppo.ppo_loss(new, old, torch.tensor([[3.0, -5.0]]), torch.ones(1, 2), 0.2).backward()
+        self.assertIsNotNone(new.grad, "\nppo_loss has no gradient with respect to new_logp")
+        self.close("the gradient of ppo_loss at ratio 1, advantages 3, -5: -A / 2", new.grad, [[-1.5, 2.5]])
 
 
 class Judge(unittest.TestCase):
@@ -303,6 +333,7 @@ class Judge(unittest.TestCase):
             ("}] C={carry}", "}] , C={carry}"),  # a comma that the format does not have
             ('" ".join(str(a + b))', "str(a + b)"),
             ('" ".join(str(a + b))', '" ".join(result)'),  # the final carry is lost
+            ('" ".join(str(a + b))', '" ".join(["1"] * carry + result)'),  # leading zeros stay
         ],
         "grade": [
             ("bool(end_tag and line_break)", "bool(end_tag)"),  # an answer that was cut off
@@ -316,6 +347,7 @@ class Judge(unittest.TestCase):
             (" * D**-0.5", ""),
             ("+ mask, -1)", "+ mask, -2)"),  # the softmax over the wrong axis
             (".triu(1)", ".tril(-1)"),  # the mask turned round
+            ("dtype=q.dtype, ", ""),
         ],
         "sample": [
             ("logits / temperature", "logits * temperature"),
@@ -329,6 +361,7 @@ class Judge(unittest.TestCase):
             ("(h_max - entropy(ref_logits))", "entropy(ref_logits)"),  # uncertainty
             ("entropy(ref_logits))", "-(ref_logits.softmax(-1) * ref_logits.log_softmax(-1)).sum(-1))"),  # 0 log 0
             ("entropy(ref_logits))", "entropy(ref_logits.mT))"),  # the wrong axis
+            (".clamp(0, 1)", ""),
         ],
         "prioritized_kl": [
             ("** alpha", "* alpha"),
@@ -343,6 +376,8 @@ class Judge(unittest.TestCase):
             (" * mask[:, t + 1]", ""),  # the value of padding
             ("values[:, t + 1]", "values[:, t]"),
             ("following) * mask[:, t]", "following)"),
+            ("mask[:, t]", "mask[:1, t]"),  # the first row's mask for all
+            ("torch.zeros_like(values), ", "values, "),  # written over the values
         ],
         "ppo_loss": [
             ("torch.min", "torch.max"),
@@ -350,6 +385,7 @@ class Judge(unittest.TestCase):
             ("1 - clip, 1 + clip", "-clip, clip"),
             (", mask)", ", torch.ones_like(mask))"),  # the mask forgotten
             ("new_logp - old_logp", "old_logp - new_logp"),
+            (".exp()", ".exp().detach()"),
         ],
     }
 
@@ -380,14 +416,17 @@ class Judge(unittest.TestCase):
                     result = self.judge(number, head + doc + body.replace(old, new))
                     self.assertEqual(len(result.failures) + len(result.errors), 1, "a wrong solution passes")
                     if result.failures:
-                        self.assertIn(name, result.failures[0][1], "the message names the call")
+                        self.assertIn(name, result.failures[0][1], "the message names the function")
 
     def test_the_handout_holds_no_solution(self):
         enter_a_new_folder(self)
         quiet(handout, "copy")
         with self.assertRaisesRegex(pretrain.UserError, "copy exists"):
             handout("copy")
-        self.assertEqual(set(os.listdir(HERE)) - set(os.listdir("copy")) - {".git", "out", "__pycache__", ".venv"}, set())
+        self.assertEqual(
+            {name for name in os.listdir(HERE) if name.endswith((".py", ".md", ".txt"))},
+            {name for name in os.listdir("copy") if name.endswith((".py", ".md", ".txt"))},
+        )
         texts = {}
         for folder, _, names in os.walk("copy"):
             for name in names:
@@ -407,6 +446,9 @@ class Judge(unittest.TestCase):
         done = subprocess.run(command, cwd="copy", capture_output=True, text=True)
         self.assertEqual(done.stderr.count("NotImplementedError: exercise"), len(EXERCISES), done.stderr[-500:])
         self.assertIn(f"FAILED (errors={len(EXERCISES)})", done.stderr)
+        command = [sys.executable, "test_all.py", "--handout", "second"]
+        done = subprocess.run(command, cwd="copy", capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stderr.count("\n"), os.path.exists("copy/second")), (2, 1, False))
 
     def test_the_readme_has_the_table_of_exercises(self):
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as f:
