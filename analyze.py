@@ -4,20 +4,30 @@
     python analyze.py curves out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  learning curves of runs, side by side
     python analyze.py critical out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  Figure 7: do the critical tokens come right?
 
+    python analyze.py speed                                           how fast is it here, and how fast could it be?
+
 Pictures go to out/figures.
 """
+import copy
 import csv
 import json
 import os
 import sys
+import time
+from unittest import mock
 
 import matplotlib
 import numpy as np
 import torch
 
+from tqdm import tqdm
+
 import data
+import model
+import ppo
 import pretrain
 from kl import certainty
+from model import GPT, GPTConfig, PRESETS, generate
 from pretrain import UserError, bootstrap, sample_problems, solve, within
 
 matplotlib.use("Agg")  # pictures go to files: no screen is needed
@@ -217,6 +227,159 @@ def curves(args):
     save_figure(figure, args.out, f"{args.verb}.png")
 
 
+# --------------------------------------------------------------------------- speed
+def clock(f, device, repeats=5):
+    """Median seconds of f(), after one call to warm up; a GPU is waited for."""
+    times = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        f()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return float(np.median(times[1:]))
+
+
+def operations(config, tokens, seen):
+    """Floating-point operations of a forward pass of `tokens` tokens that look at `seen` tokens each, on average."""
+    C = config.n_embd
+    return tokens * (2 * (12 * config.n_layer * C * C + C * config.vocab_size) + 4 * config.n_layer * C * seen)
+
+
+class Workload:
+    """What the three phases do at one size, on random weights, ready to be timed."""
+
+    def __init__(self, n_digits, width, batch, device, preset="small", new_tokens=None):
+        torch.manual_seed(0)
+        self.device, self.batch, self.n_digits = device, batch, n_digits
+        shape = PRESETS[preset] | (dict(n_embd=width) if width else {})
+        self.model = GPT(GPTConfig(block_size=data.max_length(n_digits + 1), **shape)).to(device)
+        self.optimizers = pretrain.make_optimizers(self.model, 1e-3)
+        batches = pretrain.pretrain_batches(n_digits, 8, self.model.config.block_size, 0, device)
+        self.batches = [next(batches) for _ in range(8)]
+        self.tokens = sum(ids.numel() for ids, *_ in self.batches)
+        rng = np.random.default_rng(0)
+        self.pairs = [data.sample_pair(rng, n_digits, "rl") for _ in range(batch)]
+        self.prompts = [data.encode(data.prompt(a, b)) for a, b in self.pairs]
+        longest = max(len(data.prompt(a, b) + data.answer(a, b)) for a, b in self.pairs)
+        self.new_tokens = new_tokens or longest - max(map(len, self.prompts))
+
+    def pretrain_steps(self):
+        for batch in self.batches:
+            self.model.zero_grad()
+            pretrain.answer_loss(self.model, *batch).backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+
+    def prefill(self):
+        shortest = min(map(len, self.prompts))
+        sampler = pretrain.to_sample(self.model)
+        with torch.no_grad():
+            sampler(torch.tensor([p[:shortest] for p in self.prompts], device=self.device))
+
+    def generate(self):
+        with mock.patch.object(model, "SLASH", -1):  # no row ends early: all repeats do the same work
+            return generate(pretrain.to_sample(self.model), self.prompts, self.new_tokens, 1.0)
+
+
+def nanogpt_step(config, device, batch=16):
+    """What a user would write first: float32, full rows, AdamW -> (f to be timed, its tokens)."""
+    net = GPT(config).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    ids = torch.randint(config.vocab_size, (batch, config.block_size), device=device)
+
+    def step():
+        optimizer.zero_grad()
+        logits, _ = net(ids[:, :-1])
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+    return step, ids.numel()
+
+
+SIZES = [("batch", "batch", b) for b in (16, 64, 256, 512)] + [("digits", "n_digits", d) for d in (3, 5, 7, 10)]
+SIZES += [("width", "width", w) for w in (64, 128, 256, 768)]
+
+
+def speed(args):
+    device = pretrain.get_device(args.device)
+    dtype = torch.bfloat16 if pretrain.has_fast_bfloat16(device) else torch.float32
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{name}, PyTorch {torch.__version__}; medians of {args.repeats}\n")
+
+    # 1. What the machine can do
+    n = 1024 if device.type == "cpu" else 8192
+    rate = {}
+    for kind in {torch.float32, dtype}:
+        x = torch.randn(n, n, device=device, dtype=kind)
+        rate[kind] = 2 * n**3 / clock(lambda: x @ x, device, args.repeats)
+        print(f"matrix products, {n} x {n}, {str(kind)[6:]:<9} {rate[kind] / 1e9:10,.0f} GFLOP/s")
+    x, y = torch.ones(2, 2**26, device=device)
+    copy_rate = 2 * 4 * 2**26 / clock(lambda: y.copy_(x), device, args.repeats)
+    print(f"memory, read and written in a copy    {copy_rate / 1e9:10,.1f} GB/s")
+
+    # 2. The three phases of the default run, beside the floor: operations at the rate of the products, bytes at that of the copy
+    work = Workload(args.digits, None, 64, device, args.preset)
+    config, table = work.model.config, []
+    needed = sum(3 * operations(config, ids.numel(), ids.shape[1] / 2) for ids, *_ in work.batches)
+    table.append(("pre-training, 8 steps", work.tokens, clock(work.pretrain_steps, device, args.repeats),
+                  needed / rate[dtype]))
+    step, plain_tokens = nanogpt_step(config, device)
+    table.append(("  plain: float32, full rows, AdamW", plain_tokens, clock(step, device, args.repeats),
+                  3 * operations(config, plain_tokens, config.block_size / 2) / rate[torch.float32]))
+    tokens = 64 * min(map(len, work.prompts))
+    seconds = clock(work.prefill, device, args.repeats)
+    table.append(("rollout: prefill", tokens, seconds, operations(config, tokens, tokens / 128) / rate[dtype]))
+    tokens, seen = 64 * work.new_tokens, min(map(len, work.prompts)) + work.new_tokens / 2
+    cache_bytes = tokens * seen * 2 * config.n_layer * config.n_embd * torch.finfo(dtype).bits // 8
+    decode = clock(work.generate, device, args.repeats) - seconds
+    table.append(("rollout: decode", tokens, decode,
+                  max(operations(config, tokens, seen) / rate[dtype], cache_bytes / copy_rate)))
+    ppo_args = ppo.parse_args(["--device", args.device])
+    policy, reference = copy.deepcopy(work.model), work.model.requires_grad_(False)
+    head = ppo.ValueHead(config.n_embd).to(device)
+    optimizer = torch.optim.Adam([*policy.parameters(), *head.parameters()], lr=0.0)
+    with mock.patch.object(model, "SLASH", -1):
+        batch = ppo.rollout(policy, head, reference, work.pairs, ppo_args, 0)
+        whole = clock(lambda: ppo.rollout(policy, head, reference, work.pairs, ppo_args, 0), device, args.repeats)
+    tokens, seen = batch["mask"].numel(), batch["mask"].shape[1] / 2
+    table.append(("rollout: score, policy and reference", tokens, whole - decode - seconds,
+                  2 * operations(config, tokens, seen) / rate[dtype]))
+    update = clock(lambda: ppo.update(policy, head, optimizer, batch, ppo_args, torch.Generator().manual_seed(0)),
+                   device, args.repeats)
+    table.append(("update: forward and backward", tokens, update, 3 * operations(config, tokens, seen) / rate[dtype]))
+    print(f"\n{'phase':<38} {'tokens/s':>9} {'seconds':>9} {'floor':>9} {'reached':>8} {'share':>7}")
+    for phase, tokens, seconds, floor in table:
+        share = f"{seconds / (whole + update):7.0%}" if phase.startswith(("rollout", "update")) else ""
+        print(f"{phase:<38} {tokens / seconds:9,.0f} {seconds:9.4f} {floor:9.4f} {floor / seconds:8.0%} {share}")
+    passes = 5 * operations(config, batch["mask"].numel(), seen) / rate[dtype]
+    print(f"\npre-training tokens/s over the plain step's: {table[0][1] / table[0][2] / (table[1][1] / table[1][2]):.2f}")
+    print(f"one PPO iteration over (generation + passes at the rate of the products): "
+          f"{(whole + update) / (decode + table[2][2] + passes):.2f}")
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+    print(f"peak memory so far {peak / 2**30:.2f} GiB")
+
+    # 3. How it grows
+    print(f"\n{'tokens/s, 64 new tokens a prompt':<38} {'generate':>9} {'pre-train':>10}")
+    for what, name, value in tqdm(SIZES, desc="sizes", leave=False):
+        work = Workload(**dict(n_digits=args.digits, width=None, batch=64, preset=args.preset) | {name: value}, device=device,
+                        new_tokens=64)
+        tokens = 64 * work.batch
+        pre = work.tokens / clock(work.pretrain_steps, device, 1)
+        tqdm.write(f"{what:<7} {value:<30} {tokens / clock(work.generate, device, 2):9,.0f} {pre:10,.0f}")
+
+
+def peak_memory():
+    """The most memory that this process has had, in bytes; nan where the system does not tell."""
+    try:
+        import resource  # not on Windows
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:
+        return float("nan")
+
+
 def main(argv=None):
     ap = pretrain.Parser(description="Tables and figures from checkpoints and run logs.")
     verbs = ap.add_subparsers(dest="verb", required=True)
@@ -239,7 +402,14 @@ def main(argv=None):
     verb.add_argument("runs", nargs="+", help="folders of runs of ppo.py")
     verb.set_defaults(run=curves, panels=CRITICAL)
 
-    for verb in verbs.choices.values():
+    verb = verbs.add_parser("speed", help="how fast each phase is on this machine, and how fast it could be")
+    verb.add_argument("--digits", type=within(int, 1, 10), default=5, help="N")
+    verb.add_argument("--preset", choices=PRESETS, default="small", help="model size")
+    verb.add_argument("--repeats", type=pretrain.COUNT, default=5, help="of each measurement")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
+    verb.set_defaults(run=speed)
+
+    for verb in [verbs.choices[name] for name in ("tokens", "curves", "critical")]:
         verb.add_argument("--out", default="out/figures", help="folder for the pictures")
     args = ap.parse_args(argv)
     args.run(args)

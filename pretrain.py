@@ -361,6 +361,14 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * size)
 
 
+def make_optimizers(model, lr):
+    """Muon for the blocks' weight matrices, in fewer steps than AdamW, which has the embeddings, biases and norms."""
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    others = [p for name, p in model.named_parameters() if p.dim() < 2 or ".h." not in name]
+    return [Muon(matrices, lr=lr, weight_decay=0.1),
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+
+
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up, then constant, then linear decay to 0 over the last 80% of the steps."""
     return peak * min((step + 1) / warmup, 1.0, (steps - step) / (0.8 * steps))
@@ -405,11 +413,7 @@ def main(argv=None):
     # 2. Model and optimizer
     torch.manual_seed(args.seed)
     model = GPT(GPTConfig(block_size=block_size, **PRESETS[args.preset])).to(device)
-    # Muon for the blocks' weight matrices takes fewer steps than AdamW, which has the embeddings, biases and norms.
-    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-    others = [p for name, p in model.named_parameters() if p.dim() < 2 or ".h." not in name]
-    optimizers = [Muon(matrices, lr=args.lr, weight_decay=0.1),
-                  torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+    optimizers = make_optimizers(model, args.lr)
     print(f"pre-training on 1..{args.digits} digits: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"block {block_size}, {args.steps} steps of {args.batch_size} problems, on {device}")
 

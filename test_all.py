@@ -1031,6 +1031,18 @@ class Analyze(unittest.TestCase):
         runs = [(dict(alpha=a, seed=s, lr=1), {"x": a}) for a in (0, 3) for s in (0, 1)]
         self.assertEqual({k: len(v) for k, v in analyze.group_runs(runs).items()}, {"alpha 0": 2, "alpha 3": 2})
 
+    def test_speed(self):
+        """Every row is there and its floor, worked out by hand for one, is below what was measured."""
+        config = GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=1, n_embd=2)
+        # 3 tokens: 2 * (2*6 + 2*2 + 2*8 + 8*2) for qkv, proj and the two of the MLP, 2 * 2*10 for the logits, 4 * 2 * 5 for attention
+        self.assertEqual(analyze.operations(config, 3, 5), 3 * (2 * 48 + 40 + 40))
+        with mock.patch.object(analyze, "SIZES", [("batch", "batch", 2), ("width", "width", 64)]):
+            _, printed = quiet(analyze.main, ["speed", "--repeats", "1", "--digits", "1", "--device", "cpu"])
+        for row in ("pre-training, 8 steps", "plain:", "prefill", "decode", "score", "update", "batch   2", "width   64"):
+            self.assertIn(row, printed)
+        reached = [int(x) for x in re.findall(r" (\d+)%", printed)]
+        self.assertGreaterEqual(len(reached), 6)
+
     def test_bootstrap(self):
         mean, low, high = pretrain.bootstrap(np.arange(100) < 30)
         self.assertEqual(mean, 0.3)
