@@ -48,7 +48,7 @@ def save_figure(figure, folder, name):
 # --------------------------------------------------------------------------- tokens: Figure 5, Table 1
 @torch.no_grad()
 def token_certainty(model, text, prompt_len):
-    """Certainty (len(text),) of the distribution that each character of the answer was chosen from; 1 in the prompt."""
+    """Certainty (len(text),) of the model's distribution at each character of the answer; 1 in the prompt."""
     logits, _ = model(torch.tensor([data.encode(text[:-1])], device=model.lm_head.weight.device))
     return np.concatenate([np.ones(prompt_len), certainty(logits)[0, prompt_len - 1 :].cpu().numpy()])
 
@@ -56,7 +56,7 @@ def token_certainty(model, text, prompt_len):
 def table_1(texts, pairs, certainties, n_digits):
     """Certainty on a token minus the mean certainty on the answer's other tokens, critical and not.
 
-    Only what comes before an answer's first error counts: after it the positions mean something else.
+    An answer counts up to and with its first wrong character: after it the positions mean something else.
     Returns {name: one value an answer}.
     """
     rows = {f"{kind} ({how})": [] for kind in ("critical", "non-critical") for how in ("mean", "least certain")}
@@ -118,6 +118,8 @@ def draw_tokens(texts, certainties, titles):
 
 
 def tokens(args):
+    if 0 < args.temperature < 1e-3:
+        raise UserError(f"--temperature {args.temperature:g} is too low to sample with; give 0 for greedy")
     device = pretrain.get_device(args.device)
     model, facts = pretrain.load_checkpoint(args.checkpoint, device)
     n_digits, long = facts["digits"], facts["digits"] + args.extra_digits
@@ -172,7 +174,7 @@ def load_run(folder):
     """A run's folder -> (settings dict, {column: (rows,) array with nan where nothing was logged})."""
     try:
         with open(os.path.join(folder, "settings.json")) as f:
-            settings = json.load(f)
+            settings = dict(json.load(f))
         with open(os.path.join(folder, "log.csv"), newline="") as f:
             rows = list(csv.DictReader(f))
         return settings, {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
@@ -212,7 +214,7 @@ def curves(args):
                 x = x[np.isin(x, log[x_name][~np.isnan(log[name])])]
             y = np.array([log[name][np.isin(log[x_name], x)] for log in members])  # (seeds, points)
             line, = axis.plot(x, y.mean(0), styles[i % 4], color=f"C{i}", lw=1.5,
-                              label=f"{label} ({len(members)} seeds)" if len(members) > 1 else label)
+                              label=f"{label} ({len(members)} runs)" if len(members) > 1 else label)
             if len(members) > 1:
                 band = np.array([bootstrap(column)[1:] for column in y.T])
                 axis.fill_between(x, band[:, 0], band[:, 1], color=line.get_color(), alpha=0.2, lw=0)

@@ -84,6 +84,7 @@ def grade(text, a, b):
 
     The result is what stands between the first '</scratch>\\n' and the next line break, which ends the
     episode; it must be the digits of the sum separated by single spaces. A missing part is a wrong answer.
+    grade("...</scratch>\\n3 9 5\\n", 367, 28) is True, grade("3 9 5\\n", 367, 28) is False.
     """
     _, end_tag, rest = text.partition("</scratch>\n")
     result, line_break, _ = rest.partition("\n")

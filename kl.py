@@ -16,16 +16,18 @@ def certainty(ref_logits):
     """Eq. 2: J(s) = (H_max - H(pi_ref(.|s))) / H_max.  (B, T, V) -> (B, T): exactly 0 = uniform, 1 = one-hot.
 
     H_max = log V is the entropy of a uniform; computed as H is, it rounds alike. Rounding must not leave [0, 1].
+    Two equal choices of V = 4: H = log 2, H_max = log 4, J = 1/2.
     """
     h_max = entropy(torch.zeros_like(ref_logits))
     return ((h_max - entropy(ref_logits)) / h_max).clamp(0, 1)
 
 
 def prioritized_kl(logp, ref_logp, ref_logits, alpha):
-    """Eq. 1 for each token: J(s)^alpha * k2.  logp, ref_logp (B, T) of the tokens taken -> (B, T) in nats.
+    """Eq. 1 for each token: J(s)^alpha * k2.  logp, ref_logp (B, T) of the tokens taken -> (B, T).
 
     k2 = (log pi - log pi_ref)^2 / 2 (Schulman 2020): on policy, the gradient of its mean is that of the KL itself.
     alpha = 0 is the standard penalty: x ** 0 is 1 for every x, 0 too. The gradient flows through logp alone.
+    logp = -1, ref_logp = -3, J = 1/2, alpha = 1: (1/2) * 2^2 / 2 = 1.
     """
     weight = certainty(ref_logits.detach()) ** alpha
     return weight * (logp - ref_logp.detach()) ** 2 / 2

@@ -2,6 +2,7 @@
 
 B sequences, T tokens, V vocabulary, C embedding width, H attention heads.
 """
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from data import VOCAB
 
 PRESETS = {
-    "small": dict(n_layer=4, n_head=4, n_embd=128),  # 0.8M parameters: learns to add in minutes on a laptop
+    "small": dict(n_layer=4, n_head=4, n_embd=128),  # 0.9M parameters: learns to add in minutes on a laptop
     "paper": dict(n_layer=12, n_head=12, n_embd=768),  # 85M parameters: the paper's model, for a GPU
 }
 
@@ -126,7 +127,8 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             x = block(x, None if cache is None else cache[i], start)
         hidden = self.transformer.ln_f(x).float()
-        with torch.autocast(idx.device.type, enabled=False):  # float32: bfloat16 would round logits of 10 to 1/16
+        # float32: bfloat16 would round logits of 10 to 1/16. (On MPS autocast is never on, and older PyTorch has none.)
+        with contextlib.nullcontext() if idx.is_mps else torch.autocast(idx.device.type, enabled=False):
             return F.linear(hidden, self.lm_head.weight.float()), hidden
 
 
@@ -134,7 +136,10 @@ SLASH, LINE_BREAK = VOCAB.index("/"), VOCAB.index("\n")
 
 
 def sample(logits, temperature, generator=None):
-    """One token for each row: logits (B, V) -> ids (B,), drawn from softmax(logits / temperature); 0 is greedy."""
+    """One token for each row: logits (B, V) -> ids (B,), drawn from softmax(logits / temperature) with the generator.
+
+    Temperature 0 is greedy: sample(torch.tensor([[0.1, 0.3, 0.2]]), 0) is tensor([1]).
+    """
     if temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)[:, 0]

@@ -4,12 +4,13 @@ Run:  python ppo.py --alpha 3
 
 The task as a Markov decision process: the state is the text so far, the action the next character, an episode one
 answer. The reward is 0 until the end and there 1 if the result is right. The loss holds the policy near the
-pre-trained model with the prioritized KL penalty of kl.py. Writes out/<run>/model.pt, log.csv and settings.json.
+pre-trained model with the prioritized KL penalty of kl.py. Writes out/<run>/model.pt, log.csv, settings.json, state.pt.
 B sequences, T actions, V vocabulary; every (B, T) tensor is aligned to the actions, see model.split_actions.
 """
 import copy
 import math
 import os
+import textwrap
 import time
 
 import numpy as np
@@ -41,7 +42,7 @@ def gae(rewards, values, mask, gamma, lam):
 
     delta_t = r_t + gamma V(s_t+1) - V(s_t);  A_t = delta_t + gamma lam A_t+1
     A row's actions are those with mask 1, one after the other. After the last of them the episode has ended: what would
-    follow, in V as in A, is worth 0.
+    follow, in V as in A, is worth 0. Rewards 0, 1 and values 0, 0 with gamma = lam = 1 give advantages 1, 1.
     """
     advantages, following = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     T = values.shape[1]
@@ -68,7 +69,8 @@ def normalize(advantages, mask):
 def ppo_loss(new_logp, old_logp, advantages, mask, clip):
     """The clipped surrogate (Schulman et al. 2017, eq. 7), negated to be minimized. All (B, T) -> a scalar.
 
-    The mean over the mask of -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), with ratio = pi_new / pi_old.
+    The mean over the mask of -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), with ratio = pi_new / pi_old: at
+    ratio 1.5, A = 1 and clip 0.2 it is -1.2.
     While new_logp equals old_logp, the ratio is 1, nothing is clipped, and the gradient is that of
     -advantages * new_logp. With one epoch of one minibatch that is always so: PPO is then A2C, the paper's algorithm.
     """
@@ -144,6 +146,7 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
     A figure that is nan or infinite stops the run, before it gets into the weights; `when` is for that message.
     """
     mask = batch["mask"]
+    check_finite(when, {name: batch[name].sum().item() for name in ("values", "advantages")}, args.out)
     batch = batch | dict(advantages=normalize(batch["advantages"], mask))
     totals = {}
     for _ in range(args.epochs):
@@ -220,14 +223,15 @@ def explain(batch, pairs, args):
     i = int(batch["success"].argmin())
     (a, b), T = pairs[i], int(batch["lengths"][i])
     text = data.decode([*batch["states"][i, :T].tolist(), batch["actions"][i, T - 1].item()])
-    print(f"\n{text}\nids of the prompt: {data.encode(data.prompt(a, b))}\nreward {batch['success'][i]:.0f} ({data.describe_error(text, a, b)}); "
+    print(f"\n{text}\n"
+          + textwrap.fill(f"ids of the prompt: {data.encode(data.prompt(a, b))}", 100) + f"\nreward {batch['success'][i]:.0f} ({data.describe_error(text, a, b)}); "
           f"mean reward of {len(pairs)} episodes {batch['success'].mean():.2f}\n")
     surprise = batch["old_logp"] - batch["ref_logp"]
     sure = certainty(batch["ref_logits"])
     penalty = prioritized_kl(batch["old_logp"], batch["ref_logp"], batch["ref_logits"], args.alpha)
     advantages = normalize(batch["advantages"], batch["mask"])
-    loss = -advantages + args.kl_coef * penalty  # the ratio is 1; without the entropy bonus
-    print("character id   log pi  log pi_ref  log-ratio  certainty  ^alpha  penalty  GAE  normalized     loss")
+    loss = -advantages + args.kl_coef * penalty  # the ratio is 1; the entropy bonus and the critic's loss are left out
+    print(" character id   logit logp_ref     logp  log-ratio certainty ^alpha penalty   GAE  (norm.)     loss")
     hidden = 0
     for t in batch["mask"][i].nonzero()[:, 0].tolist():
         if sure[i, t] > 0.999 and abs(surprise[i, t]) < 0.001 and t + 1 < T:
@@ -237,9 +241,10 @@ def explain(batch, pairs, args):
             print(f"    ... {hidden} of which both models are certain")
             hidden = 0
         token = batch["actions"][i, t].item()
-        print(f"{data.decode([token])!r:>8} {token:3d} {batch['old_logp'][i, t]:8.4f} {batch['ref_logp'][i, t]:11.4f} "
-              f"{surprise[i, t]:10.4f} {sure[i, t]:10.4f} {sure[i, t] ** args.alpha:7.4f} {penalty[i, t]:8.4f} "
-              f"{batch['advantages'][i, t]:4.1f} {advantages[i, t]:11.4f} {loss[i, t]:8.4f}")
+        print(f"{data.decode([token])!r:>9} {token:3d} {batch['ref_logits'][i, t, token]:7.2f} "
+              f"{batch['ref_logp'][i, t]:8.4f} {batch['old_logp'][i, t]:8.4f} {surprise[i, t]:10.4f} {sure[i, t]:9.4f} "
+              f"{sure[i, t] ** args.alpha:6.3f} {penalty[i, t]:7.4f} {batch['advantages'][i, t]:5.2f} "
+              f"{advantages[i, t]:8.3f} {loss[i, t]:8.3f}")
 
 
 COLUMNS = ["iteration", "episodes", "success", "kl", "penalty", "entropy", "clip_fraction", "value_loss",
@@ -252,11 +257,11 @@ def parse_args(argv):
     add, positive, rate, share = ap.add_argument, within(float, 0, 1e9), within(float, 0, 1e3), within(float, 0, 1)
     add("--alpha", type=positive, default=3.0, help="certainty exponent (the paper's beta); 0 = standard KL")
     add("--kl_coef", type=positive, default=0.3, help="coefficient of the KL penalty (the paper's alpha); 0 = none")
-    add("--digits", type=within(int, 1, 50), default=5, help="N: the model was pre-trained on 1..N digits")
+    add("--digits", type=within(int, 1, 25), default=5, help="N: the model was pre-trained on 1..N digits")
     add("--task", choices=data.TASKS, default=data.TASKS[0], help="what the problems are")
-    add("--extra_digits", type=within(int, 1, 50), default=1, help="k: fine-tune on N+k digits")
+    add("--extra_digits", type=within(int, 1, 5), default=1, help="k: fine-tune on N+k digits")
     add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")
-    add("--checkpoint", default="", help="pre-trained model; default: that of pretrain.py with these settings")
+    add("--checkpoint", default="", help="pre-trained model (default: that of pretrain.py with these settings%(default)s)")
     add("--pretrain_seed", type=SEED, default=0, help="seed of the default pre-trained model")
     add("--iterations", type=within(int, 0, 10**9), default=40, help="of rollout and update")
     add("--episodes", type=COUNT, default=64, help="answers a rollout")
@@ -275,10 +280,12 @@ def parse_args(argv):
     add("--seed", type=SEED, default=0, help="of problems, sampling and minibatches")
     add("--max_kl", type=positive, default=0.1, help="say so when the KL to the pre-trained model exceeds this")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
-    add("--out", default="", help="folder for the run; default: out/ppo_<settings that differ from the defaults>")
+    add("--out", default="", help="folder for the run (default: out/ppo_<settings that differ%(default)s>)")
     add("--explain", action="store_true", help="show one episode token by token, as the run stands, and stop")
     add("--fresh", action="store_true", help="start over, instead of going on with an interrupted run")
     args = ap.parse_args(argv)
+    if args.checkpoint and any(getattr(args, x) != ap.get_default(x) for x in ("preset", "pretrain_seed")):
+        raise UserError("--checkpoint says which model; leave out --preset and --pretrain_seed")
     if args.minibatches > args.episodes:
         raise UserError(f"{args.minibatches} minibatches of {args.episodes} episodes; lower --minibatches")
     args.out = args.out or pretrain.default_folder(f"ppo_alpha{args.alpha:g}", ap, args, ("alpha",))
@@ -289,7 +296,6 @@ def main(argv=None):
     # 1. Settings, and the pre-trained model: where the policy starts and, frozen, the reference.
     args = parse_args(argv)
     device = pretrain.get_device(args.device)
-    pretrain.make_folder(args.out)  # now, not after a pre-training of minutes
     n, k, long = args.digits, args.extra_digits, args.digits + args.extra_digits
     if not args.checkpoint:
         settings = ["--digits", str(n), "--task", args.task, "--preset", args.preset, "--seed", str(args.pretrain_seed)]
@@ -298,6 +304,7 @@ def main(argv=None):
         args.checkpoint = pretrain.parse_args(settings).out + "/model.pt"
         if not os.path.exists(args.checkpoint):
             print(f"no pre-trained model at {args.checkpoint}: pre-training first")
+            pretrain.make_folder(args.out)  # now, not after a pre-training of minutes
             pretrain.main(settings)
     reference, facts = pretrain.load_checkpoint(args.checkpoint, device)
     for name in ("digits", "task"):

@@ -2,7 +2,7 @@
 
 Run:  python pretrain.py --digits 5 --preset small --seed 0
 
-Writes out/<run>/model.pt (the checkpoint), log.csv and settings.json, and ends with the accuracies of the paper's
+Writes out/<run>/model.pt (the checkpoint), log.csv, settings.json and state.pt (to go on from), and ends with the accuracies of the paper's
 Tables 4 and 5. B sequences, T tokens, V vocabulary.
 """
 import argparse
@@ -42,11 +42,14 @@ def start(main):
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from where it last saved", file=sys.stderr)
+        print("\ninterrupted; a training run goes on with the same command, from where it last saved", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output is gone, as in `python ppo.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or closing it would raise once more
-        sys.exit("the terminal or pipe was closed; the same command goes on from where it last saved")
+        sys.exit("the terminal or pipe was closed; a training run goes on with the same command")
+    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+        print(f"out of memory ({first_line(error)}); lower the batch, the episodes or the block", file=sys.stderr)
+        sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,7 +87,7 @@ def get_device(name):
     try:
         torch.zeros(1, device=name).cpu()
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by device, for one that is not there
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch raises any of these, by device, for one that is not there
         raise UserError(f"device {name!r} cannot be used ({first_line(error)}); try --device cpu") from None
 
 
@@ -169,15 +172,17 @@ def load_checkpoint(path, device):
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         checkpoint["digits"], checkpoint["task"]  # both scripts save it
-        return model.to(device).eval(), checkpoint
-    return read_file(path, build)
+        return model.eval(), checkpoint
+    model, checkpoint = read_file(path, build)
+    return model.to(device), checkpoint
 
 
 def check_finite(when, figures, folder):
     """Stop the run at the first of {name: value} that is nan or infinite."""
     for name, x in figures.items():
         if not math.isfinite(x):
-            raise UserError(f"{name} is {x} at {when}; lower --lr; what {folder} holds is from before")
+            raise UserError(f"{name} is {x} at {when}; lower --lr, or the setting that you raised; "
+                            f"what {folder} holds is from before")
 
 
 def default_folder(prefix, parser, args, unnamed):
@@ -187,7 +192,7 @@ def default_folder(prefix, parser, args, unnamed):
     return "out/" + "_".join([prefix, *changed, f"seed{args.seed}"])
 
 
-SAVE_SECONDS = 30.0  # a run that is killed loses no more than this
+SAVE_SECONDS = 30.0  # a run that is killed loses no more than this, and what it did since its last row of the log
 
 
 class Run:
@@ -206,10 +211,11 @@ class Run:
         if os.path.exists(path) and not args.fresh:
             read_file(path, self.restore)
             print(f"going on after step {self.step} of {self.folder}; --fresh starts over")
-        else:
+        elif not getattr(args, "explain", False):  # that one only looks
             make_folder(self.folder)
-            if os.path.exists(path):
-                os.remove(path)
+            for name in ("state.pt", "log.csv", "model.pt") if args.fresh else ():
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(self.folder, name))
             write_file(os.path.join(self.folder, "settings.json"), json.dumps(self.settings, indent=1).encode())
 
     def restore(self, state):
@@ -283,11 +289,11 @@ def accuracy_table(model, n_digits, n_problems, task):
 
 
 def print_table(table, title):
-    print(f"\n{title}: accuracy in % [95% interval]")
-    for mode in ("identical", "varying"):
-        cells = [f"{length} digits {100 * m:5.1f} [{100 * lo:.1f}, {100 * hi:.1f}]"
-                 for (row, length), (m, lo, hi) in table.items() if row == mode]
-        print(f"  {mode:<9}  " + "   ".join(cells))
+    print(f"\n{title}: accuracy in % [95% interval]\n  digits  {'identical':<24}varying")
+    for length in sorted({length for _, length in table}):
+        cells = [f"{100 * m:5.1f} [{100 * lo:.1f}, {100 * hi:.1f}]"
+                 for m, lo, hi in (table[mode, length] for mode in ("identical", "varying"))]
+        print(f"  {length:>6}  {cells[0]:<24}{cells[1]}")
 
 
 # --------------------------------------------------------------------------- training
@@ -382,19 +388,19 @@ def block_for(n_digits, task):
 def parse_args(argv):
     ap = Parser(description="Pre-train a GPT-2 from scratch on additions of 1..N digits.")
     add = ap.add_argument
-    add("--digits", type=within(int, 1, 50), default=5, help="N: train on operands of 1..N digits")
+    add("--digits", type=within(int, 1, 25), default=5, help="N: train on operands of 1..N digits")
     add("--task", choices=data.TASKS, default=data.TASKS[0], help="what the problems are")
     add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")
     add("--steps", type=COUNT, default=3500, help="optimizer steps")
     add("--batch_size", type=COUNT, default=8, help="worked problems a step")
     add("--lr", type=within(float, 0, 1e3), default=3e-3, help="peak learning rate of Muon and AdamW")
     add("--warmup", type=COUNT, default=100, help="steps of linear warm-up")
-    add("--block_size", type=within(int, 0, 10**5), default=0,
+    add("--block_size", type=within(int, 0, 4096), default=0,
         help="positions of the model; 0: what N+1 digits need, in whole 32s")
     add("--eval_problems", type=COUNT, default=250, help="held-out problems for each accuracy of the final table")
     add("--seed", type=SEED, default=0, help="of initialization and data")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
-    add("--out", default="", help="folder for the run; default: out/pretrain_<settings>")
+    add("--out", default="", help="folder for the run (default: out/pretrain_<settings>%(default)s)")
     add("--fresh", action="store_true", help="start over, instead of going on with an interrupted run")
     args = ap.parse_args(argv)
     args.out = args.out or default_folder(f"pretrain_n{args.digits}_{args.preset}", ap, args, ("digits", "preset"))
