@@ -930,7 +930,8 @@ class PPO(unittest.TestCase):
             ppo, "solve", side_effect=lambda model, pairs, t: (np.array([pairs[0][0] / 10 + (t > 0) / 100]), [])
         ):
             row = ppo.evaluate(tiny_model(block_size=128), [(1, 1)], [(2, 2)], [(3, 3)], 1.0)
-        self.assertEqual([row[x] for x in ("greedy_n", "sampled_n", "greedy_nk", "sampled_nk")], [0.1, 0.11, 0.2, 0.21])
+        got = [row[x] for x in ("greedy_n", "sampled_n", "greedy_nk", "sampled_nk")]
+        np.testing.assert_allclose(got, [0.1, 0.11, 0.2, 0.21])
 
     def test_one_epoch_of_one_minibatch_is_a2c(self):
         batch = self.rollout()
