@@ -1327,7 +1327,7 @@ class Survives(unittest.TestCase):
         begun, whole = time.time(), self.start(code, "whole")
         self.assertEqual((whole.communicate()[1][-300:], whole.returncode)[1], 0)
         seconds, rng, kills, rounds = time.time() - begun, np.random.default_rng(0), 0, 0
-        while kills < (10 if SLOW else 2):
+        while kills < (10 if SLOW else 1):
             rounds += 1
             for _ in range(20):
                 process = self.start(code, f"killed{rounds}")
