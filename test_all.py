@@ -1508,9 +1508,9 @@ class Survives(unittest.TestCase):
 
     @unittest.skipUnless(SLOW, "takes minutes: python test_all.py --slow")
     def test_memory_is_flat(self):
-        """500 iterations of PPO: the second half needs no more memory than the first."""
+        """500 iterations of PPO need hardly more memory than 250. (At first it rises: oneDNN keeps the kernels of each shape.)"""
         code = "import resource\npeak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        code += f"base = {self.PPO}\nppo.main(base + ['--iterations', '50', '--fresh'])\nearly = peak()\n"
+        code += f"base = {self.PPO}\nppo.main(base + ['--iterations', '250', '--fresh'])\nearly = peak()\n"
         code += "ppo.main(base + ['--iterations', '500', '--fresh'])\nprint('peak', early, peak())"
         output, errors = self.start(code).communicate()
         early, late = map(int, re.search(r"peak (\d+) (\d+)", output).groups())
