@@ -10,11 +10,11 @@ Pictures go to out/figures.
 """
 import copy
 import csv
+import itertools
 import json
 import os
 import sys
 import time
-from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -23,7 +23,6 @@ import torch
 from tqdm import tqdm
 
 import data
-import model
 import ppo
 import pretrain
 from kl import certainty
@@ -230,16 +229,15 @@ def curves(args):
 
 
 # --------------------------------------------------------------------------- speed
-def clock(f, device, repeats=5):
+def clock(f, device, repeats):
     """Median seconds of f(), after one call to warm up; a GPU is waited for."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
     for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         begun = time.perf_counter()
         f()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         times.append(time.perf_counter() - begun)
     return float(np.median(times[1:]))
 
@@ -250,136 +248,134 @@ def operations(config, tokens, seen):
     return tokens * (2 * (12 * config.n_layer * C * C + C * config.vocab_size) + 4 * config.n_layer * C * seen)
 
 
-class Workload:
-    """What the three phases do at one size, on random weights, ready to be timed."""
+def product_rate(config, B, T, dtype, device, repeats):
+    """Operations a second that the machine reaches in a layer's matrix products, alone, at their own shapes."""
+    C, H = config.n_embd, config.n_head
+    shapes = [((B * T, C), (C, 3 * C)), ((B * T, C), (C, C)), ((B * T, C), (C, 4 * C)), ((B * T, 4 * C), (4 * C, C)),
+              ((B * H, T, C // H), (B * H, C // H, T)), ((B * H, T, T), (B * H, T, C // H))]
+    pairs = [[torch.randn(shape, device=device, dtype=dtype) for shape in pair] for pair in shapes]
+    seconds = clock(lambda: [a @ b for a, b in pairs], device, 4 * repeats)
+    return sum(2 * a.numel() * b.shape[-1] for a, b in pairs) / seconds
 
-    def __init__(self, n_digits, width, batch, device, preset="small", new_tokens=None):
-        torch.manual_seed(0)
-        self.device, self.batch, self.n_digits = device, batch, n_digits
-        shape = PRESETS[preset] | (dict(n_embd=width) if width else {})
-        self.model = GPT(GPTConfig(block_size=data.max_length(n_digits + 1), **shape)).to(device)
-        self.optimizers = pretrain.make_optimizers(self.model, 1e-3)
-        batches = pretrain.pretrain_batches(n_digits, 8, self.model.config.block_size, 0, device)
-        self.batches = [next(batches) for _ in range(8)]
-        self.tokens = sum(ids.numel() for ids, *_ in self.batches)
-        rng = np.random.default_rng(0)
+
+class Work:
+    """What a run does at one size, on random weights, as methods to be timed."""
+
+    def __init__(self, config, n_digits, batch, device):
+        self.device, rng = device, np.random.default_rng(0)
+        # At so low a temperature random weights repeat a token for ever: no answer ends early, all take the same time.
+        self.args = ppo.parse_args("--temperature 0.001 --lr 0 --value_lr 0".split())
+        self.reference = GPT(config, torch.Generator().manual_seed(0)).to(device).requires_grad_(False)
+        self.policy = copy.deepcopy(self.reference).requires_grad_(True)
+        self.head = ppo.ValueHead(config.n_embd).to(device)
+        self.adam = torch.optim.Adam([*self.policy.parameters(), *self.head.parameters()], lr=0.0)
+        self.optimizers = pretrain.make_optimizers(self.policy, 0.0)
+        self.batches = list(itertools.islice(pretrain.pretrain_batches(n_digits, 8, config.block_size, 0, device), 8))
         self.pairs = [data.sample_pair(rng, n_digits, "rl") for _ in range(batch)]
         self.prompts = [data.encode(data.prompt(a, b)) for a, b in self.pairs]
-        longest = max(len(data.prompt(a, b) + data.answer(a, b)) for a, b in self.pairs)
-        self.new_tokens = new_tokens or longest - max(map(len, self.prompts))
 
-    def pretrain_steps(self):
+    def pretrain(self):
         for batch in self.batches:
-            self.model.zero_grad()
-            pretrain.answer_loss(self.model, *batch).backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.policy.zero_grad()
+            pretrain.answer_loss(self.policy, *batch).backward()
+            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
             for optimizer in self.optimizers:
                 optimizer.step()
 
+    @torch.no_grad()
     def prefill(self):
         shortest = min(map(len, self.prompts))
-        sampler = pretrain.to_sample(self.model)
-        with torch.no_grad():
-            sampler(torch.tensor([p[:shortest] for p in self.prompts], device=self.device))
+        pretrain.to_sample(self.policy)(torch.tensor([p[:shortest] for p in self.prompts], device=self.device))
 
     def generate(self):
-        with mock.patch.object(model, "SLASH", -1):  # no row ends early: all repeats do the same work
-            return generate(pretrain.to_sample(self.model), self.prompts, self.new_tokens, 1.0)
+        return generate(pretrain.to_sample(self.policy), self.prompts, self.policy.config.block_size, 0.001)
+
+    def rollout(self):
+        self.batch = ppo.rollout(self.policy, self.head, self.reference, self.pairs, self.args, 0)
+
+    def update(self):
+        ppo.update(self.policy, self.head, self.adam, self.batch, self.args, torch.Generator().manual_seed(0))
+
+    def plain_step(self):
+        """What a user would write first: nanoGPT's float32, full rows, AdamW (but for the optimizer's step, the same for both)."""
+        ids = torch.zeros(16, self.policy.config.block_size, dtype=torch.long, device=self.device)
+        self.policy.zero_grad()
+        logits, _ = self.policy(ids)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+        self.adam.step()
 
 
-def nanogpt_step(config, device, batch=16):
-    """What a user would write first: float32, full rows, AdamW -> (f to be timed, its tokens)."""
-    net = GPT(config).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    ids = torch.randint(config.vocab_size, (batch, config.block_size), device=device)
-
-    def step():
-        optimizer.zero_grad()
-        logits, _ = net(ids[:, :-1])
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-        optimizer.step()
-    return step, ids.numel()
-
-
-SIZES = [("batch", "batch", b) for b in (16, 64, 256, 512)] + [("digits", "n_digits", d) for d in (3, 5, 7, 10)]
-SIZES += [("width", "width", w) for w in (64, 128, 256, 768)]
+SIZES = [("batch", 16), ("batch", 64), ("batch", 256), ("batch", 512), ("digits", 3), ("digits", 5), ("digits", 7),
+         ("digits", 10), ("width", 64), ("width", 128), ("width", 256), ("width", 768)]
 
 
 def speed(args):
-    device = pretrain.get_device(args.device)
+    device, repeats = pretrain.get_device(args.device), args.repeats
     dtype = torch.bfloat16 if pretrain.has_fast_bfloat16(device) else torch.float32
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, PyTorch {torch.__version__}; medians of {args.repeats}\n")
+    print(f"{name}, PyTorch {torch.__version__}, {args.preset} preset, N = {args.digits}; medians of {repeats}\n")
 
-    # 1. What the machine can do
-    n = 1024 if device.type == "cpu" else 8192
-    rate = {}
-    for kind in {torch.float32, dtype}:
-        x = torch.randn(n, n, device=device, dtype=kind)
-        rate[kind] = 2 * n**3 / clock(lambda: x @ x, device, args.repeats)
-        print(f"matrix products, {n} x {n}, {str(kind)[6:]:<9} {rate[kind] / 1e9:10,.0f} GFLOP/s")
+    # 1. What the machine can do.
+    config = GPTConfig(block_size=data.max_length(args.digits + 1), **PRESETS[args.preset])
+    large, small, plain = (product_rate(config, 8, 300, dtype, device, repeats), product_rate(config, 64, 1, dtype, device, repeats),
+                           product_rate(config, 8, 300, torch.float32, device, repeats))
     x, y = torch.ones(2, 2**26, device=device)
-    copy_rate = 2 * 4 * 2**26 / clock(lambda: y.copy_(x), device, args.repeats)
-    print(f"memory, read and written in a copy    {copy_rate / 1e9:10,.1f} GB/s")
+    copy_rate = 2 * 4 * 2**26 / clock(lambda: y.copy_(x), device, repeats)
+    print(f"matrix products of 8 x 300 tokens, {str(dtype)[6:]:<8} {large / 1e9:10,.0f} GFLOP/s")
+    print(f"                   8 x 300 tokens, float32  {plain / 1e9:10,.0f} GFLOP/s")
+    print(f"                    64 x 1 tokens, {str(dtype)[6:]:<8} {small / 1e9:10,.0f} GFLOP/s")
+    print(f"memory, read and written in a copy         {copy_rate / 1e9:10,.1f} GB/s")
 
-    # 2. The three phases of the default run, beside the floor: operations at the rate of the products, bytes at that of the copy
-    work = Workload(args.digits, None, 64, device, args.preset)
-    config, table = work.model.config, []
-    needed = sum(3 * operations(config, ids.numel(), ids.shape[1] / 2) for ids, *_ in work.batches)
-    table.append(("pre-training, 8 steps", work.tokens, clock(work.pretrain_steps, device, args.repeats),
-                  needed / rate[dtype]))
-    step, plain_tokens = nanogpt_step(config, device)
-    table.append(("  plain: float32, full rows, AdamW", plain_tokens, clock(step, device, args.repeats),
-                  3 * operations(config, plain_tokens, config.block_size / 2) / rate[torch.float32]))
-    tokens = 64 * min(map(len, work.prompts))
-    seconds = clock(work.prefill, device, args.repeats)
-    table.append(("rollout: prefill", tokens, seconds, operations(config, tokens, tokens / 128) / rate[dtype]))
-    tokens, seen = 64 * work.new_tokens, min(map(len, work.prompts)) + work.new_tokens / 2
-    cache_bytes = tokens * seen * 2 * config.n_layer * config.n_embd * torch.finfo(dtype).bits // 8
-    decode = clock(work.generate, device, args.repeats) - seconds
-    table.append(("rollout: decode", tokens, decode,
-                  max(operations(config, tokens, seen) / rate[dtype], cache_bytes / copy_rate)))
-    ppo_args = ppo.parse_args(["--device", args.device])
-    policy, reference = copy.deepcopy(work.model), work.model.requires_grad_(False)
-    head = ppo.ValueHead(config.n_embd).to(device)
-    optimizer = torch.optim.Adam([*policy.parameters(), *head.parameters()], lr=0.0)
-    with mock.patch.object(model, "SLASH", -1):
-        batch = ppo.rollout(policy, head, reference, work.pairs, ppo_args, 0)
-        whole = clock(lambda: ppo.rollout(policy, head, reference, work.pairs, ppo_args, 0), device, args.repeats)
-    tokens, seen = batch["mask"].numel(), batch["mask"].shape[1] / 2
-    table.append(("rollout: score, policy and reference", tokens, whole - decode - seconds,
-                  2 * operations(config, tokens, seen) / rate[dtype]))
-    update = clock(lambda: ppo.update(policy, head, optimizer, batch, ppo_args, torch.Generator().manual_seed(0)),
-                   device, args.repeats)
-    table.append(("update: forward and backward", tokens, update, 3 * operations(config, tokens, seen) / rate[dtype]))
+    # 2. The phases of the default run, beside the floor: operations at the rate of the products, bytes at that of the copy.
+    work = Work(config, args.digits, 64, device)
+    seconds = {name: clock(getattr(work, name), device, repeats)
+               for name in ("pretrain", "plain_step", "prefill", "generate", "rollout", "update")}
+    shortest, T = min(map(len, work.prompts)), work.batch["mask"].shape[1]
+    decoded, trained, plain_tokens = 64 * (T - shortest), 64 * T, 16 * config.block_size
+    cache_bytes = decoded * (T + shortest) / 2 * 2 * config.n_layer * config.n_embd * torch.finfo(dtype).bits // 8
+    forward = operations(config, trained, T / 2) / large
+    n = sum(ids.numel() for ids, *_ in work.batches)
+    table = [  # phase, tokens, seconds, floor
+        ("pre-training, 8 steps", n, seconds["pretrain"],
+         sum(3 * operations(config, ids.numel(), ids.shape[1] / 2) for ids, *_ in work.batches) / large),
+        ("  plain: float32, full rows, AdamW", plain_tokens, seconds["plain_step"],
+         3 * operations(config, plain_tokens, config.block_size / 2) / plain),
+        ("rollout: prefill", 64 * shortest, seconds["prefill"], operations(config, 64 * shortest, shortest / 2) / large),
+        ("rollout: decode", decoded, seconds["generate"] - seconds["prefill"],
+         max(operations(config, decoded, (T + shortest) / 2) / small, cache_bytes / copy_rate)),
+        ("rollout: score, policy and reference", trained, seconds["rollout"] - seconds["generate"], 2 * forward),
+        ("update: forward and backward", trained, seconds["update"], 3 * forward)]
+    iteration = seconds["rollout"] + seconds["update"]
     print(f"\n{'phase':<38} {'tokens/s':>9} {'seconds':>9} {'floor':>9} {'reached':>8} {'share':>7}")
-    for phase, tokens, seconds, floor in table:
-        share = f"{seconds / (whole + update):7.0%}" if phase.startswith(("rollout", "update")) else ""
-        print(f"{phase:<38} {tokens / seconds:9,.0f} {seconds:9.4f} {floor:9.4f} {floor / seconds:8.0%} {share}")
-    passes = 5 * operations(config, batch["mask"].numel(), seen) / rate[dtype]
-    print(f"\npre-training tokens/s over the plain step's: {table[0][1] / table[0][2] / (table[1][1] / table[1][2]):.2f}")
-    print(f"one PPO iteration over (generation + passes at the rate of the products): "
-          f"{(whole + update) / (decode + table[2][2] + passes):.2f}")
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
-    print(f"peak memory so far {peak / 2**30:.2f} GiB")
+    for phase, tokens, took, floor in table:
+        share = f"{took / iteration:7.0%}" if phase.startswith(("rollout", "update")) else ""
+        print(f"{phase:<38} {tokens / took:9,.0f} {took:9.4f} {floor:9.4f} {floor / took:8.0%} {share}".rstrip())
+    print(f"\npre-training tokens/s over the plain step's: {n / seconds['pretrain'] / (plain_tokens / seconds['plain_step']):.2f}")
+    print("one PPO iteration over (generation + its passes at the rate of the products): "
+          f"{iteration / (seconds['generate'] + 5 * forward):.2f}")
+    print(f"peak memory so far {peak_memory(device) / 2**30:.2f} GiB")
 
-    # 3. How it grows
-    print(f"\n{'tokens/s, 64 new tokens a prompt':<38} {'generate':>9} {'pre-train':>10}")
-    for what, name, value in tqdm(SIZES, desc="sizes", leave=False):
-        work = Workload(**dict(n_digits=args.digits, width=None, batch=64, preset=args.preset) | {name: value}, device=device,
-                        new_tokens=64)
-        tokens = 64 * work.batch
-        pre = work.tokens / clock(work.pretrain_steps, device, 1)
-        tqdm.write(f"{what:<7} {value:<30} {tokens / clock(work.generate, device, 2):9,.0f} {pre:10,.0f}")
+    # 3. How it grows.
+    print(f"\n{'tokens/s':<16} {'generate':>9} {'update':>9} {'pre-train':>10}")
+    for what, value in tqdm(SIZES, desc="sizes", leave=False):
+        n_digits = value if what == "digits" else args.digits
+        config = GPTConfig(data.max_length(n_digits + 1), **PRESETS[args.preset] | (dict(n_embd=value) if what == "width" else {}))
+        work = Work(config, n_digits, value if what == "batch" else 64, device)
+        work.rollout()
+        tokens = work.batch["mask"].numel()
+        rates = [tokens / clock(work.generate, device, 1), tokens / clock(work.update, device, 1),
+                 sum(ids.numel() for ids, *_ in work.batches) / clock(work.pretrain, device, 1)]
+        tqdm.write("{:<7} {:<8} {:9,.0f} {:9,.0f} {:10,.0f}".format(what, value, *rates))
 
 
-def peak_memory():
-    """The most memory that this process has had, in bytes; nan where the system does not tell."""
-    try:
-        import resource  # not on Windows
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    except ImportError:
+def peak_memory(device):
+    """The most memory that this process has had, on the GPU if it is on one, in bytes; nan where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
         return float("nan")
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(argv=None):

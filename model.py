@@ -34,7 +34,9 @@ def attention(q, k, v):
     """
     T, D = q.shape[-2:]
     mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)  # 0 on and below the diagonal
-    return F.softmax(q * D**-0.5 @ k.transpose(-2, -1) + mask, -1) @ v  # q is scaled: it is smaller than q k^T
+    scores = q * D**-0.5 @ k.transpose(-2, -1)  # q is scaled, not the scores: it is smaller
+    scores += mask  # in place: memory for one more (B, H, T, T) would take longer to get than to fill
+    return F.softmax(scores, -1) @ v
 
 
 class CausalSelfAttention(nn.Module):
@@ -82,7 +84,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, generator=None):
+        """Weights are drawn with the generator."""
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(dict(
@@ -98,9 +101,9 @@ class GPT(nn.Module):
         std = 0.02 * (768 / config.n_embd) ** 0.5
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=std / (2 * config.n_layer) ** 0.5)
+                nn.init.normal_(p, std=std / (2 * config.n_layer) ** 0.5, generator=generator)
             elif p.dim() == 2:
-                nn.init.normal_(p, std=std)
+                nn.init.normal_(p, std=std, generator=generator)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         # Except that the learned positions start as sinusoids (Vaswani et al. 2017): near positions look alike, so that

@@ -31,10 +31,12 @@ from pretrain import (COUNT, SEED, Parser, Run, UserError, answer_loss, autocast
 class ValueHead(nn.Sequential):
     """The critic: hidden state (B, T, C) -> expected reward (B, T). An MLP (128, 128), as in the paper."""
 
-    def __init__(self, n_embd):
+    def __init__(self, n_embd, generator=None):
         super().__init__(nn.Linear(n_embd, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 1),
                          nn.Flatten(-2))  # (B, T, 1) -> (B, T)
-        nn.init.zeros_(self[4].weight)  # before it has learned anything, it says the same everywhere
+        for layer, std in ((self[0], n_embd**-0.5), (self[2], 128**-0.5), (self[4], 0.0)):  # at first it says 0 everywhere
+            nn.init.normal_(layer.weight, std=std, generator=generator)
+            nn.init.zeros_(layer.bias)
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -100,12 +102,13 @@ def tempered(model, states, temperature):
 
 
 def slices(rows, lengths):
-    """Row numbers, shortest first, in slices that fit a CPU's cache or a GPU's memory -> [(rows, longest)].
+    """Row numbers, shortest first, in slices that fit a CPU's cache or a GPU's memory -> [(rows, T)].
 
-    The slice's tensors need only the first `longest` tokens: little is padding. Gradients are summed over the slices.
+    The slice's tensors need only the first T tokens, the longest row's in whole 32s: little is padding, and there are few
+    shapes, for each of which a CPU keeps kernels of its own. Gradients are summed over the slices.
     """
     parts = rows[lengths[rows].argsort(stable=True)].split(8 if rows.device.type == "cpu" else 64)
-    return [(part, int(lengths[part].max())) for part in parts]
+    return [(part, math.ceil(int(lengths[part].max()) / 32) * 32) for part in parts]
 
 
 @torch.no_grad()
@@ -317,10 +320,9 @@ def main(argv=None):
     if os.path.abspath(args.out) == os.path.dirname(os.path.abspath(args.checkpoint)):
         raise UserError(f"--out {args.out} holds the pre-trained model itself; choose another folder")
 
-    torch.manual_seed(args.seed)
     reference.requires_grad_(False)
     policy = copy.deepcopy(reference).requires_grad_(True)
-    value_head = ValueHead(policy.config.n_embd).to(device)
+    value_head = ValueHead(policy.config.n_embd, torch.Generator().manual_seed(args.seed)).to(device)
     optimizer = torch.optim.Adam([dict(params=policy.parameters(), lr=args.lr),
                                   dict(params=value_head.parameters(), lr=args.value_lr)])
 

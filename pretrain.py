@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import errno
 import io
 import itertools
@@ -36,6 +37,11 @@ class UserError(Exception):
 
 def start(main):
     """Run a script's main() so that a UserError ends in one line on stderr and exit code 2, without a traceback."""
+    if sys.platform == "linux":
+        # Have the C library keep the memory of large tensors for the next ones (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): getting
+        # it anew from the system, page by page, is a fifth of a training step on a CPU.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30), libc.mallopt(-1, 2**31 - 1)
     try:
         main()
     except UserError as error:
@@ -417,8 +423,8 @@ def main(argv=None):
     device = get_device(args.device)
 
     # 2. Model and optimizer
-    torch.manual_seed(args.seed)
-    model = GPT(GPTConfig(block_size=block_size, **PRESETS[args.preset])).to(device)
+    config = GPTConfig(block_size=block_size, **PRESETS[args.preset])
+    model = GPT(config, torch.Generator().manual_seed(args.seed)).to(device)
     optimizers = make_optimizers(model, args.lr)
     print(f"pre-training on 1..{args.digits} digits: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"block {block_size}, {args.steps} steps of {args.batch_size} problems, on {device}")

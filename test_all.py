@@ -1096,7 +1096,7 @@ class Analyze(unittest.TestCase):
         config = GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=1, n_embd=2)
         # 3 tokens: 2 * (2*6 + 2*2 + 2*8 + 8*2) for qkv, proj and the two of the MLP, 2 * 2*10 for the logits, 4 * 2 * 5 for attention
         self.assertEqual(analyze.operations(config, 3, 5), 3 * (2 * 48 + 40 + 40))
-        with mock.patch.object(analyze, "SIZES", [("batch", "batch", 2), ("width", "width", 64)]):
+        with mock.patch.object(analyze, "SIZES", [("batch", 2), ("width", 64)]):
             _, printed = quiet(analyze.main, ["speed", "--repeats", "1", "--digits", "1", "--device", "cpu"])
         for row in ("pre-training, 8 steps", "plain:", "prefill", "decode", "score", "update", "batch   2", "width   64"):
             self.assertIn(row, printed)
@@ -1242,7 +1242,9 @@ class Scripts(unittest.TestCase):
         rl = "--digits 1 --iterations 2 --episodes 4 --eval_problems 4 --final_problems 4 --eval_every 1 --device cpu"
         results = {}
         for name, seeds in (("a", "00"), ("same", "00"), ("other model", "10"), ("other rl", "01")):
+            torch.seed()  # whatever the global generator holds
             quiet(pretrain.main, [*tiny, name, "--seed", seeds[0]])
+            torch.seed()
             quiet(
                 ppo.main, [*rl.split(), "--checkpoint", f"{name}/model.pt", "--seed", seeds[1], "--out", f"{name}/rl"]
             )
@@ -1464,21 +1466,23 @@ class Survives(unittest.TestCase):
         self.assertGreaterEqual(ended, 8)
 
     def test_random_options(self):
-        """Two options at random, with values good and bad, of the scripts that train and of `tokens`: never a traceback."""
+        """Two options at random, with values good and bad, of every script and verb: never a traceback."""
         rng = np.random.default_rng(0)
         values = "0 1 2 -1 1e9 0.5 nan inf 1e-9 abc é / , paper".split() + [""]
-        for script, base in ((pretrain, self.PRETRAIN), (ppo, self.PPO), (analyze, ["tokens", "p/model.pt"])):
+        for script, base, first_step in (
+            (pretrain, self.PRETRAIN, "sample_problems"), (ppo, self.PPO, "sample_problems"),
+            (analyze, ["tokens", "p/model.pt"], "sample_problems"), (analyze, ["speed"], "product_rate"),
+            (analyze, ["curves", "p"], "load_run"), (analyze, ["critical", "p"], "load_run"),
+        ):  # fmt: skip
             with self.assertRaises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as helptext:
-                script.main([*base[:1 if script is analyze else 0], "--help"])
+                script.main([*base[: 1 if script is analyze else 0], "--help"])
             options = [x for x in re.findall(r"^  (--\w+)", helptext.getvalue(), re.M) if x not in ("--help", "--device")]
-            self.assertGreater(len(options), 5)
+            self.assertTrue(options)
             for _ in range(200 if SLOW else 40):
                 argv = [x for name in rng.choice(options, 2) for x in (name, str(rng.choice(values)))]
-                with mock.patch.object(script, "sample_problems", side_effect=KeyboardInterrupt):  # here it has begun
-                    try:
+                with mock.patch.object(script, first_step, side_effect=KeyboardInterrupt):  # here it has begun
+                    with contextlib.suppress(pretrain.UserError, KeyboardInterrupt):
                         quiet(script.main, [*base, *argv])
-                    except (pretrain.UserError, KeyboardInterrupt):
-                        pass
 
     def test_hostile_text(self):
         """100,000 random and mutated texts through the grader and the finders of errors and critical tokens."""
@@ -1508,9 +1512,9 @@ class Survives(unittest.TestCase):
 
     @unittest.skipUnless(SLOW, "takes minutes: python test_all.py --slow")
     def test_memory_is_flat(self):
-        """500 iterations of PPO need hardly more memory than 250. (At first it rises: oneDNN keeps the kernels of each shape.)"""
+        """500 iterations of PPO need hardly more memory than 50."""
         code = "import resource\npeak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        code += f"base = {self.PPO}\nppo.main(base + ['--iterations', '250', '--fresh'])\nearly = peak()\n"
+        code += f"base = {self.PPO}\nppo.main(base + ['--iterations', '50', '--fresh'])\nearly = peak()\n"
         code += "ppo.main(base + ['--iterations', '500', '--fresh'])\nprint('peak', early, peak())"
         output, errors = self.start(code).communicate()
         early, late = map(int, re.search(r"peak (\d+) (\d+)", output).groups())
