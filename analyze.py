@@ -297,7 +297,7 @@ class Work:
         ppo.update(self.policy, self.head, self.adam, self.batch, self.args, torch.Generator().manual_seed(0))
 
     def plain_step(self):
-        """What a user would write first: nanoGPT's float32, full rows, AdamW (but for the optimizer's step, the same for both)."""
+        """What a user would write first, as nanoGPT does: float32, full rows, Adam's step, which costs what AdamW's does."""
         ids = torch.zeros(16, self.policy.config.block_size, dtype=torch.long, device=self.device)
         self.policy.zero_grad()
         logits, _ = self.policy(ids)
@@ -317,8 +317,8 @@ def speed(args):
 
     # 1. What the machine can do.
     config = GPTConfig(block_size=data.max_length(args.digits + 1), **PRESETS[args.preset])
-    large, small, plain = (product_rate(config, 8, 300, dtype, device, repeats), product_rate(config, 64, 1, dtype, device, repeats),
-                           product_rate(config, 8, 300, torch.float32, device, repeats))
+    large, small, plain = (product_rate(config, *shape, device, repeats)
+                           for shape in ((8, 300, dtype), (64, 1, dtype), (8, 300, torch.float32)))
     x, y = torch.ones(2, 2**26, device=device)
     copy_rate = 2 * 4 * 2**26 / clock(lambda: y.copy_(x), device, repeats)
     print(f"matrix products of 8 x 300 tokens, {str(dtype)[6:]:<8} {large / 1e9:10,.0f} GFLOP/s")
@@ -326,7 +326,7 @@ def speed(args):
     print(f"                    64 x 1 tokens, {str(dtype)[6:]:<8} {small / 1e9:10,.0f} GFLOP/s")
     print(f"memory, read and written in a copy         {copy_rate / 1e9:10,.1f} GB/s")
 
-    # 2. The phases of the default run, beside the floor: operations at the rate of the products, bytes at that of the copy.
+    # 2. The phases of a run, beside the floor: operations at the rate of the products, bytes at that of the copy.
     work = Work(config, args.digits, 64, device)
     seconds = {name: clock(getattr(work, name), device, repeats)
                for name in ("pretrain", "plain_step", "prefill", "generate", "rollout", "update")}
@@ -340,7 +340,8 @@ def speed(args):
          sum(3 * operations(config, ids.numel(), ids.shape[1] / 2) for ids, *_ in work.batches) / large),
         ("  plain: float32, full rows, AdamW", plain_tokens, seconds["plain_step"],
          3 * operations(config, plain_tokens, config.block_size / 2) / plain),
-        ("rollout: prefill", 64 * shortest, seconds["prefill"], operations(config, 64 * shortest, shortest / 2) / large),
+        ("rollout: prefill", 64 * shortest, seconds["prefill"],
+         operations(config, 64 * shortest, shortest / 2) / large),
         ("rollout: decode", decoded, seconds["generate"] - seconds["prefill"],
          max(operations(config, decoded, (T + shortest) / 2) / small, cache_bytes / copy_rate)),
         ("rollout: score, policy and reference", trained, seconds["rollout"] - seconds["generate"], 2 * forward),
@@ -350,7 +351,8 @@ def speed(args):
     for phase, tokens, took, floor in table:
         share = f"{took / iteration:7.0%}" if phase.startswith(("rollout", "update")) else ""
         print(f"{phase:<38} {tokens / took:9,.0f} {took:9.4f} {floor:9.4f} {floor / took:8.0%} {share}".rstrip())
-    print(f"\npre-training tokens/s over the plain step's: {n / seconds['pretrain'] / (plain_tokens / seconds['plain_step']):.2f}")
+    print("\npre-training tokens/s over the plain step's: "
+          f"{n / seconds['pretrain'] / (plain_tokens / seconds['plain_step']):.2f}")
     print("one PPO iteration over (generation + its passes at the rate of the products): "
           f"{iteration / (seconds['generate'] + 5 * forward):.2f}")
     print(f"peak memory so far {peak_memory(device) / 2**30:.2f} GiB")
@@ -359,7 +361,8 @@ def speed(args):
     print(f"\n{'tokens/s':<16} {'generate':>9} {'update':>9} {'pre-train':>10}")
     for what, value in tqdm(SIZES, desc="sizes", leave=False):
         n_digits = value if what == "digits" else args.digits
-        config = GPTConfig(data.max_length(n_digits + 1), **PRESETS[args.preset] | (dict(n_embd=value) if what == "width" else {}))
+        shape = PRESETS[args.preset] | (dict(n_embd=value) if what == "width" else {})
+        config = GPTConfig(data.max_length(n_digits + 1), **shape)
         work = Work(config, n_digits, value if what == "batch" else 64, device)
         work.rollout()
         tokens = work.batch["mask"].numel()
@@ -369,7 +372,7 @@ def speed(args):
 
 
 def peak_memory(device):
-    """The most memory that this process has had, on the GPU if it is on one, in bytes; nan where the system does not tell."""
+    """The most memory that this process has had, on the GPU if it has one, in bytes; nan where nothing tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
@@ -396,7 +399,7 @@ def main(argv=None):
     verb.add_argument("runs", nargs="+", help="folders of runs, all of pretrain.py or all of ppo.py")
     verb.set_defaults(run=curves, panels=PANELS)
 
-    verb = verbs.add_parser("critical", help="probability of the right token at six critical places, over training (Figure 7)")
+    verb = verbs.add_parser("critical", help="probability of six critical tokens over training (Figure 7)")
     verb.add_argument("runs", nargs="+", help="folders of runs of ppo.py")
     verb.set_defaults(run=curves, panels=CRITICAL)
 

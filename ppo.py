@@ -34,7 +34,7 @@ class ValueHead(nn.Sequential):
     def __init__(self, n_embd, generator=None):
         super().__init__(nn.Linear(n_embd, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 1),
                          nn.Flatten(-2))  # (B, T, 1) -> (B, T)
-        for layer, std in ((self[0], n_embd**-0.5), (self[2], 128**-0.5), (self[4], 0.0)):  # at first it says 0 everywhere
+        for layer, std in ((self[0], n_embd**-0.5), (self[2], 128**-0.5), (self[4], 0.0)):  # at first V(s) is 0
             nn.init.normal_(layer.weight, std=std, generator=generator)
             nn.init.zeros_(layer.bias)
 
@@ -104,8 +104,8 @@ def tempered(model, states, temperature):
 def slices(rows, lengths):
     """Row numbers, shortest first, in slices that fit a CPU's cache or a GPU's memory -> [(rows, T)].
 
-    The slice's tensors need only the first T tokens, the longest row's in whole 32s: little is padding, and there are few
-    shapes, for each of which a CPU keeps kernels of its own. Gradients are summed over the slices.
+    The slice's tensors need only the first T tokens, the longest row's in whole 32s: little is padding, and there are
+    few shapes, for each of which a CPU keeps kernels of its own. Gradients are summed over the slices.
     """
     parts = rows[lengths[rows].argsort(stable=True)].split(8 if rows.device.type == "cpu" else 64)
     return [(part, math.ceil(int(lengths[part].max()) / 32) * 32) for part in parts]
@@ -138,8 +138,9 @@ def rollout(policy, value_head, reference, pairs, args, seed):
 
     # 4. Advantages.
     advantages = gae(rewards, values, mask, args.gamma, args.gae_lambda)
-    return dict(states=states, actions=actions, mask=mask, success=success, values=values, advantages=advantages,
-                returns=advantages + values, lengths=lengths - 1, old_logp=old_logp, ref_logp=ref_logp, ref_logits=ref_logits)
+    return dict(states=states, actions=actions, mask=mask, lengths=lengths - 1, success=success, values=values,
+                advantages=advantages, returns=advantages + values, old_logp=old_logp, ref_logp=ref_logp,
+                ref_logits=ref_logits)
 
 
 def update(policy, value_head, optimizer, batch, args, generator, when="this update"):
@@ -222,36 +223,35 @@ def evaluate(policy, problems_n, problems_nk, old_problems, temperature):
 
 
 def explain(batch, pairs, args):
-    """Print a rollout's first wrong episode token by token: where the model was sure, what each token costs and earns."""
+    """Print a rollout's first wrong episode token by token: where the models are sure, what a token costs and earns."""
     i = int(batch["success"].argmin())
     (a, b), T = pairs[i], int(batch["lengths"][i])
     text = data.decode([*batch["states"][i, :T].tolist(), batch["actions"][i, T - 1].item()])
-    print(f"\n{text}\n"
-          + textwrap.fill(f"ids of the prompt: {data.encode(data.prompt(a, b))}", 100) + f"\nreward {batch['success'][i]:.0f} ({data.describe_error(text, a, b)}); "
+    print(f"\n{text}")
+    print(textwrap.fill(f"ids of the prompt: {data.encode(data.prompt(a, b))}", 100))
+    print(f"reward {batch['success'][i]:.0f} ({data.describe_error(text, a, b)}); "
           f"mean reward of {len(pairs)} episodes {batch['success'].mean():.2f}\n")
-    surprise = batch["old_logp"] - batch["ref_logp"]
-    sure = certainty(batch["ref_logits"])
+    log_ratio, sure = batch["old_logp"] - batch["ref_logp"], certainty(batch["ref_logits"])
     penalty = prioritized_kl(batch["old_logp"], batch["ref_logp"], batch["ref_logits"], args.alpha)
-    advantages = normalize(batch["advantages"], batch["mask"])
-    loss = -advantages + args.kl_coef * penalty  # the ratio is 1; the entropy bonus and the critic's loss are left out
+    normalized = normalize(batch["advantages"], batch["mask"])
+    loss = -normalized + args.kl_coef * penalty  # the ratio is 1; the entropy bonus and the critic's loss are left out
     print(" character id   logit logp_ref     logp  log-ratio certainty ^alpha penalty   GAE  (norm.)     loss")
     hidden = 0
     for t in batch["mask"][i].nonzero()[:, 0].tolist():
-        if sure[i, t] > 0.999 and abs(surprise[i, t]) < 0.001 and t + 1 < T:
+        if sure[i, t] > 0.999 and abs(log_ratio[i, t]) < 0.001 and t + 1 < T:
             hidden += 1
             continue
         if hidden:
             print(f"    ... {hidden} of which both models are certain")
-            hidden = 0
-        token = batch["actions"][i, t].item()
+        hidden, token = 0, batch["actions"][i, t].item()
         print(f"{data.decode([token])!r:>9} {token:3d} {batch['ref_logits'][i, t, token]:7.2f} "
-              f"{batch['ref_logp'][i, t]:8.4f} {batch['old_logp'][i, t]:8.4f} {surprise[i, t]:10.4f} {sure[i, t]:9.4f} "
-              f"{sure[i, t] ** args.alpha:6.3f} {penalty[i, t]:7.4f} {batch['advantages'][i, t]:5.2f} "
-              f"{advantages[i, t]:8.3f} {loss[i, t]:8.3f}")
+              f"{batch['ref_logp'][i, t]:8.4f} {batch['old_logp'][i, t]:8.4f} {log_ratio[i, t]:10.4f} "
+              f"{sure[i, t]:9.4f} {sure[i, t] ** args.alpha:6.3f} {penalty[i, t]:7.4f} "
+              f"{batch['advantages'][i, t]:5.2f} {normalized[i, t]:8.3f} {loss[i, t]:8.3f}")
 
 
 COLUMNS = ["iteration", "episodes", "success", "kl", "penalty", "entropy", "clip_fraction", "value_loss",
-           "explained_variance", "weight", "grad_norm", *[f"p_{spot}" for spot in SPOTS], *[f"certainty_{spot}" for spot in SPOTS],
+           "explained_variance", "weight", "grad_norm", *[f"{x}_{spot}" for x in ("p", "certainty") for spot in SPOTS],
            "greedy_n", "greedy_nk", "sampled_n", "sampled_nk", "ce_old", "tokens_per_s", "seconds"]
 
 
@@ -264,7 +264,7 @@ def parse_args(argv):
     add("--task", choices=data.TASKS, default=data.TASKS[0], help="what the problems are")
     add("--extra_digits", type=within(int, 1, 5), default=1, help="k: fine-tune on N+k digits")
     add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")
-    add("--checkpoint", default="", help="pre-trained model (default: that of pretrain.py with these settings%(default)s)")
+    add("--checkpoint", default="", help="pre-trained model (default: that of pretrain.py's settings%(default)s)")
     add("--pretrain_seed", type=SEED, default=0, help="seed of the default pre-trained model")
     add("--iterations", type=within(int, 0, 10**9), default=40, help="of rollout and update")
     add("--episodes", type=COUNT, default=64, help="answers a rollout")
@@ -312,7 +312,7 @@ def main(argv=None):
     reference, facts = pretrain.load_checkpoint(args.checkpoint, device)
     for name in ("digits", "task"):
         if facts[name] != getattr(args, name):
-            raise UserError(f"{args.checkpoint} was pre-trained with --{name} {facts[name]}; give --{name} {facts[name]}")
+            raise UserError(f"{args.checkpoint} was pre-trained with --{name} {facts[name]}; give that here, too")
     needed = data.max_length(long, args.task)
     if needed > reference.config.block_size:
         raise UserError(f"{long} digits need a block of {needed}, {args.checkpoint} has "

@@ -2,15 +2,14 @@
 
 Run:  python pretrain.py --digits 5 --preset small --seed 0
 
-Writes out/<run>/model.pt (the checkpoint), log.csv, settings.json and state.pt (to go on from), and ends with the accuracies of the paper's
-Tables 4 and 5. B sequences, T tokens, V vocabulary.
+Writes out/<run>/model.pt (the checkpoint), log.csv, settings.json and state.pt (to go on from), and ends with the
+accuracies of the paper's Tables 4 and 5. B sequences, T tokens, V vocabulary.
 """
 import argparse
 import contextlib
 import copy
 import csv
 import ctypes
-import errno
 import io
 import itertools
 import json
@@ -37,10 +36,8 @@ class UserError(Exception):
 
 def start(main):
     """Run a script's main() so that a UserError ends in one line on stderr and exit code 2, without a traceback."""
-    if sys.platform == "linux":
-        # Have the C library keep the memory of large tensors for the next ones (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): getting
-        # it anew from the system, page by page, is a fifth of a training step on a CPU.
-        libc = ctypes.CDLL(None)
+    if sys.platform == "linux":  # Keep the memory of large tensors for the next ones (M_MMAP_ and M_TRIM_THRESHOLD):
+        libc = ctypes.CDLL(None)  # getting it anew from the system, page by page, is a fifth of a step on a CPU.
         libc.mallopt(-3, 2**30), libc.mallopt(-1, 2**31 - 1)
     try:
         main()
@@ -93,7 +90,7 @@ def get_device(name):
     try:
         torch.zeros(1, device=name).cpu()
         return torch.device(name)
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch raises any of these, by device, for one that is not there
+    except (RuntimeError, AssertionError, ImportError) as error:  # any of these, by device, if it is not there
         raise UserError(f"device {name!r} cannot be used ({first_line(error)}); try --device cpu") from None
 
 
@@ -118,8 +115,6 @@ def to_sample(model):
 def make_folder(folder):
     try:
         os.makedirs(folder, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "it is read-only")
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder with --out") from None
 
@@ -136,8 +131,8 @@ def write_file(path, content):
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(beside)
-        raise UserError(f"cannot write {path} ({error.strerror}); make room there, or choose another folder with --out; "
-                        "what was there before is unchanged") from None
+        raise UserError(f"cannot write {path} ({error.strerror}); make room there, or choose another folder with "
+                        "--out; what was there before is unchanged") from None
 
 
 def to_bytes(contents):
@@ -191,10 +186,13 @@ def check_finite(when, figures, folder):
                             f"what {folder} holds is from before")
 
 
+NOT_SETTINGS = ("device", "out", "fresh", "explain")  # options that do not change what a run computes
+
+
 def default_folder(prefix, parser, args, unnamed):
     """out/<prefix>_<settings that differ from the defaults>_seed<seed>: runs with other settings never meet."""
     changed = [f"{name}{value}".replace(os.sep, "-") for name, value in vars(args).items()
-               if value != parser.get_default(name) and name not in (*unnamed, "seed", "device", "out", "fresh", "explain")]
+               if value != parser.get_default(name) and name not in (*unnamed, "seed", *NOT_SETTINGS)]
     return "out/" + "_".join([prefix, *changed, f"seed{args.seed}"])
 
 
@@ -211,7 +209,7 @@ class Run:
     def __init__(self, args, columns, **parts):
         """parts: the modules and optimizers that training changes, by name. A state.pt is loaded into them."""
         self.folder, self.columns, self.parts = args.out, columns, parts
-        self.settings = {name: x for name, x in vars(args).items() if name not in ("out", "device", "fresh", "explain")}
+        self.settings = {name: x for name, x in vars(args).items() if name not in NOT_SETTINGS}
         self.step, self.rows, self.earlier, self.started = 0, [], 0.0, time.time()  # earlier: seconds of former runs
         self.saved, path = time.time(), os.path.join(self.folder, "state.pt")
         if os.path.exists(path) and not args.fresh:
@@ -319,7 +317,7 @@ def pretrain_batches(n_digits, batch_size, block_size, seed, device, task=data.T
 
     64 batches' problems are drawn at once, sorted by the number of lines, cut into batches and shuffled: so little is
     padding. offset (B,) is the row's place in the block: a quarter of the rows start at 0, as every test does, the
-    others anywhere, so that all positions are trained. (If all start anywhere, N+1 digits are learned along with N: no lesson.)
+    others anywhere, so that all positions are trained. (If all start anywhere, N+1 digits are learned along with N.)
     """
     for pool in itertools.count(start // 64):
         rng = np.random.default_rng([seed, pool])
