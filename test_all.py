@@ -342,10 +342,10 @@ class Judge(unittest.TestCase):
             ("text.partition", "text.rpartition"),  # the last result instead of the first
         ],
         "attention": [
-            (" + mask", ""),
+            ("scores += mask", "pass"),
             (".triu(1)", ".triu(2)"),  # each token sees the next one
             (" * D**-0.5", ""),
-            ("+ mask, -1)", "+ mask, -2)"),  # the softmax over the wrong axis
+            ("scores, -1)", "scores, -2)"),  # the softmax over the wrong axis
             (".triu(1)", ".tril(-1)"),  # the mask turned round
             ("dtype=q.dtype, ", ""),
         ],
