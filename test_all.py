@@ -347,7 +347,7 @@ class Judge(unittest.TestCase):
             (" * D**-0.5", ""),
             ("scores, -1)", "scores, -2)"),  # the softmax over the wrong axis
             (".triu(1)", ".tril(-1)"),  # the mask turned round
-            ("dtype=q.dtype, ", ""),
+            ("D**-0.5", "D**0.5"),
         ],
         "sample": [
             ("logits / temperature", "logits * temperature"),
