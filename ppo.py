@@ -80,6 +80,31 @@ def ppo_loss(new_logp, old_logp, advantages, mask, clip):
     return -masked_mean(torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages), mask)
 
 
+def token_weights(ref_logits, mask, args, generator):
+    """The penalty's weight for each token: ref_logits (B, T, V), mask (B, T) -> (B, T).
+
+    --kl_weight "certainty" is equation 1's J(s)^alpha; the others are controls, to learn what it is that helps.
+    "matched": the same for all tokens, their mean, so that only the total is the same; "shuffled": these very weights,
+    dealt out at random over the batch's answer tokens; "mask": times 0 where J(s) is below --mask_below.
+    """
+    sure, answer = certainty(ref_logits), mask > 0
+    weight = sure**args.alpha
+    if args.kl_weight == "matched":
+        weight[answer] = weight[answer].mean()
+    elif args.kl_weight == "shuffled":
+        weight[answer] = weight[answer][torch.randperm(int(answer.sum()), generator=generator).to(mask.device)]
+    elif args.kl_weight == "mask":
+        weight = weight * (sure >= args.mask_below)
+    return weight
+
+
+def kl_penalty(logp, batch, args):
+    """Equation 1 for each token (B, T); as a control, the standard penalty with the control's weights."""
+    if args.kl_weight == "certainty":
+        return prioritized_kl(logp, batch["ref_logp"], batch["ref_logits"], args.alpha)
+    return batch["weight"] * prioritized_kl(logp, batch["ref_logp"], batch["ref_logits"], 0)
+
+
 def token_logp(logits, actions):
     """Log-probability of each action: logits (B, T, V), actions (B, T) -> (B, T)."""
     return F.log_softmax(logits, -1).gather(-1, actions[..., None])[..., 0]
@@ -136,11 +161,12 @@ def rollout(policy, value_head, reference, pairs, args, seed):
         ref_logp[rows, :T] = token_logp(ref_logits[rows, :T], actions[rows, :T])
         old_logp[rows, :T], values[rows, :T] = token_logp(logits, actions[rows, :T]), value_head(hidden)
 
-    # 4. Advantages.
+    # 4. Advantages, and the penalty's weights.
     advantages = gae(rewards, values, mask, args.gamma, args.gae_lambda)
+    weight = token_weights(ref_logits, mask, args, torch.Generator().manual_seed(seed))
     return dict(states=states, actions=actions, mask=mask, lengths=lengths - 1, success=success, values=values,
                 advantages=advantages, returns=advantages + values, old_logp=old_logp, ref_logp=ref_logp,
-                ref_logits=ref_logits)
+                ref_logits=ref_logits, weight=weight)
 
 
 def update(policy, value_head, optimizer, batch, args, generator, when="this update"):
@@ -162,7 +188,7 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
                 all_logp = F.log_softmax(logits, -1)  # (B, T, V)
                 new_logp = token_logp(logits, b["actions"])  # (B, T), as all that follows
                 entropy = -(all_logp.exp() * all_logp).sum(-1)
-                penalty = prioritized_kl(new_logp, b["ref_logp"], b["ref_logits"], args.alpha)
+                penalty = kl_penalty(new_logp, b, args)
                 # The critic's gradient stops here: the loss of a guess made 400 tokens before the reward would
                 # disturb the policy's trunk.
                 value_loss = (value_head(hidden.detach()) - b["returns"]) ** 2 / 2
@@ -173,9 +199,8 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
                 with torch.no_grad():
                     kl = (all_logp.exp() * (all_logp - F.log_softmax(b["ref_logits"], -1))).sum(-1)  # exact
                     clipped = ((new_logp - b["old_logp"]).exp() - 1).abs() > args.clip
-                    weight = certainty(b["ref_logits"]) ** args.alpha
                     for name, x in dict(kl=kl, penalty=penalty, entropy=entropy, clip_fraction=clipped,
-                                        value_loss=value_loss, weight=weight).items():
+                                        value_loss=value_loss, weight=b["weight"]).items():
                         totals[name] = totals.get(name, 0) + share * masked_mean(x, b["mask"])
             totals["grad_norm"] = totals.get("grad_norm", 0) + nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             check_finite(when, totals, args.out)
@@ -232,10 +257,10 @@ def explain(batch, pairs, args):
     print(f"reward {batch['success'][i]:.0f} ({data.describe_error(text, a, b)}); "
           f"mean reward of {len(pairs)} episodes {batch['success'].mean():.2f}\n")
     log_ratio, sure = batch["old_logp"] - batch["ref_logp"], certainty(batch["ref_logits"])
-    penalty = prioritized_kl(batch["old_logp"], batch["ref_logp"], batch["ref_logits"], args.alpha)
+    penalty = kl_penalty(batch["old_logp"], batch, args)
     normalized = normalize(batch["advantages"], batch["mask"])
     loss = -normalized + args.kl_coef * penalty  # the ratio is 1; the entropy bonus and the critic's loss are left out
-    print(" character id   logit logp_ref     logp  log-ratio certainty ^alpha penalty   GAE  (norm.)     loss")
+    print(" character id   logit logp_ref     logp  log-ratio certainty weight penalty   GAE  (norm.)     loss")
     hidden = 0
     for t in batch["mask"][i].nonzero()[:, 0].tolist():
         if sure[i, t] > 0.999 and abs(log_ratio[i, t]) < 0.001 and t + 1 < T:
@@ -246,7 +271,7 @@ def explain(batch, pairs, args):
         hidden, token = 0, batch["actions"][i, t].item()
         print(f"{data.decode([token])!r:>9} {token:3d} {batch['ref_logits'][i, t, token]:7.2f} "
               f"{batch['ref_logp'][i, t]:8.4f} {batch['old_logp'][i, t]:8.4f} {log_ratio[i, t]:10.4f} "
-              f"{sure[i, t]:9.4f} {sure[i, t] ** args.alpha:6.3f} {penalty[i, t]:7.4f} "
+              f"{sure[i, t]:9.4f} {batch['weight'][i, t]:6.3f} {penalty[i, t]:7.4f} "
               f"{batch['advantages'][i, t]:5.2f} {normalized[i, t]:8.3f} {loss[i, t]:8.3f}")
 
 
@@ -260,6 +285,9 @@ def parse_args(argv):
     add, positive, rate, share = ap.add_argument, within(float, 0, 1e9), within(float, 0, 1e3), within(float, 0, 1)
     add("--alpha", type=positive, default=3.0, help="certainty exponent (the paper's beta); 0 = standard KL")
     add("--kl_coef", type=positive, default=0.3, help="coefficient of the KL penalty (the paper's alpha); 0 = none")
+    add("--kl_weight", choices=("certainty", "matched", "shuffled", "mask"), default="certainty",
+        help="certainty^alpha, or a control: its mean for all tokens; dealt out at random; 0 where certainty is low")
+    add("--mask_below", type=share, default=0.9, help="the certainty below which --kl_weight mask sets tokens free")
     add("--digits", type=within(int, 1, 25), default=5, help="N: the model was pre-trained on 1..N digits")
     add("--task", choices=data.TASKS, default=data.TASKS[0], help="what the problems are")
     add("--extra_digits", type=within(int, 1, 5), default=1, help="k: fine-tune on N+k digits")

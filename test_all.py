@@ -878,6 +878,32 @@ class PPO(unittest.TestCase):
         self.assertEqual(stats["clip_fraction"], 0.0)
         self.assertLess(abs(stats["kl"]), 1e-5, "the policy is still the reference")
 
+    def test_controls_of_the_weight(self):
+        """Weights of three answer tokens, two rows, by hand: matched keeps the mean, shuffled the set, mask drops the low."""
+        # V = 4: one-hot, uniform over 2, uniform over 4: certainty 1, 1/2, 0; squared 1, 1/4, 0.
+        ref_logits = torch.tensor([[[99.0, 0, 0, 0], [9, 9, -99, -99]], [[0, 0, 0, 0], [5, 5, -99, -99]]])
+        mask = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+        weights = {}
+        for kind in ("certainty", "matched", "shuffled", "mask"):
+            args = argparse.Namespace(kl_weight=kind, alpha=2.0, mask_below=0.4)
+            weights[kind] = ppo.token_weights(ref_logits, mask, args, torch.Generator().manual_seed(1))
+        torch.testing.assert_close(weights["certainty"], torch.tensor([[1, 0.25], [0, 0.25]]))
+        torch.testing.assert_close(weights["matched"][mask > 0], torch.full((3,), 1.25 / 3))
+        self.assertEqual(sorted(weights["shuffled"][mask > 0].tolist()), sorted(weights["certainty"][mask > 0].tolist()))
+        self.assertNotEqual(weights["shuffled"].tolist(), weights["certainty"].tolist())
+        torch.testing.assert_close(weights["mask"], weights["certainty"])
+        args.mask_below = 0.6
+        torch.testing.assert_close(
+            ppo.token_weights(ref_logits, mask, args, None), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+        )
+        # The penalty: logp -1, ref_logp -3 everywhere, k2 = 2, times the weight.
+        logp = torch.full((2, 2), -1.0)
+        batch = dict(ref_logp=logp - 2, ref_logits=ref_logits, weight=weights["matched"])
+        args.kl_weight = "matched"
+        torch.testing.assert_close(ppo.kl_penalty(logp, batch, args), 2 * weights["matched"])
+        args.kl_weight = "certainty"
+        torch.testing.assert_close(ppo.kl_penalty(logp, batch, args), 2 * weights["certainty"])
+
     def test_one_temperature(self):
         """The log-probabilities are those of the distribution that sampled: full forward, divided by the temperature."""
         with mock.patch.object(ppo, "generate", side_effect=generate) as sampled:
@@ -914,6 +940,7 @@ class PPO(unittest.TestCase):
         self.reference = tiny_model(seed=7, std=0.25, block_size=48)
         batch = self.rollout()
         batch["ref_logits"] = batch["ref_logits"] * 8  # surer, so that its certainty is not nearly 0
+        batch["weight"] = ppo.token_weights(batch["ref_logits"], batch["mask"], self.args, None)
         got = ppo.update(self.policy, self.value_head, self.sgd(), batch, self.args, torch.Generator().manual_seed(0))
         chosen = batch["mask"] > 0
         logits, hidden = ppo.tempered(self.policy, batch["states"], 1.5)
