@@ -17,7 +17,7 @@ arithmetic to small transformers"):
 The prompt ends after "Target:", the answer begins with the line break and ends with the one after the result.
 
 A second task shows where another one goes: a problem (a, b) with b below 0 is the subtraction of -b, at most a. It
-borrows where addition carries: 52-7 has the line "[5,2] - [7] , A=[] , C=0 , 2-7-0=-5 , A->5 , C->1".
+borrows where addition carries: 12-5 has the line "[1,2] - [5] , A=[] , C=0 , 2-5-0=-3 , A->7 , C->1".
 """
 import zlib
 
@@ -54,9 +54,9 @@ def answer(a, b):
 
     A line shows the digits of both numbers that are left, the result's digits so far (A) and the carry (C); then the
     last digits of both (0 where none is left) and the carry, added; the digit that goes in front of A; the new carry.
-    There is a line for each digit of the longer number. The closing line has no comma between A and C, and a final
-    carry shows only in the result: 99+1 ends in "[] + [] , A=[0,0] C=1 , END". A subtraction has - for + everywhere,
-    its carry, 0 or 1 as well, is what was borrowed. The result is a + b without leading zeros, which A may have.
+    There is a line for each digit of the longer number. The closing line has no comma between A and C. A final carry
+    stays in C and is not put in front of A: 99+1 ends in "[] + [] , A=[0,0] C=1 , END". A subtraction has - for +
+    everywhere, its carry, 0 or 1 as well, is what was borrowed. The result is a + b without leading zeros.
     """
     x, y, sign = list(str(a)), list(str(abs(b))), "-" if b < 0 else "+"  # digits still to add, most significant first
     result, carry, lines = [], 0, []
@@ -83,7 +83,7 @@ def grade(text, a, b):
     """True if the result in a generated text is a + b; False for any other text, whatever it holds.
 
     The result is what stands between the first '</scratch>\\n' and the next line break, which ends the
-    episode; it must be the digits of the sum separated by single spaces. A missing part is a wrong answer.
+    episode; it must be the digits of the sum separated by single spaces. What stands before the tag is not looked at.
     grade("...</scratch>\\n3 9 5\\n", 367, 28) is True, grade("3 9 5\\n", 367, 28) is False.
     """
     _, end_tag, rest = text.partition("</scratch>\n")

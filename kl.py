@@ -15,7 +15,8 @@ def entropy(logits):
 def certainty(ref_logits):
     """Eq. 2: J(s) = (H_max - H(pi_ref(.|s))) / H_max.  (B, T, V) -> (B, T): exactly 0 = uniform, 1 = one-hot.
 
-    H_max = log V is the entropy of a uniform; computed as H is, it rounds alike. Rounding must not leave [0, 1].
+    H_max = log V, but taken from entropy() of V equal logits: it rounds as H does, and a uniform has exactly 0. What
+    rounding leaves outside [0, 1] is clamped.
     Two equal choices of V = 4: H = log 2, H_max = log 4, J = 1/2.
     """
     h_max = entropy(torch.zeros_like(ref_logits))

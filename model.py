@@ -1,6 +1,6 @@
 """GPT-2 as nanoGPT readers know it, with its parameter names, a value head, and batch generation with a KV cache.
 
-B sequences, T tokens, V vocabulary, C embedding width, H attention heads.
+B sequences, T tokens, V vocabulary, C embedding width, H attention heads of width D = C / H.
 """
 import contextlib
 from dataclasses import dataclass

@@ -40,9 +40,9 @@ class ValueHead(nn.Sequential):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalized advantage estimation (Schulman et al. 2016), all (B, T) -> new advantages (B, T), 0 outside the mask.
+    """Generalized advantage estimation (Schulman et al. 2016), all (B, T) -> advantages (B, T), 0 outside the mask.
 
-    delta_t = r_t + gamma V(s_t+1) - V(s_t);  A_t = delta_t + gamma lam A_t+1
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = delta_t + gamma lam A_{t+1}.  The inputs stay as they are.
     A row's actions are those with mask 1, one after the other. After the last of them the episode has ended: what would
     follow, in V as in A, is worth 0. Rewards 0, 1 and values 0, 0 with gamma = lam = 1 give advantages 1, 1.
     """
@@ -73,7 +73,7 @@ def ppo_loss(new_logp, old_logp, advantages, mask, clip):
 
     The mean over the mask of -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), with ratio = pi_new / pi_old: at
     ratio 1.5, A = 1 and clip 0.2 it is -1.2.
-    While new_logp equals old_logp, the ratio is 1, nothing is clipped, and the gradient is that of
+    While new_logp equals old_logp, the ratio is 1, nothing is clipped, and the gradient is that of the mean of
     -advantages * new_logp. With one epoch of one minibatch that is always so: PPO is then A2C, the paper's algorithm.
     """
     ratio = ((new_logp - old_logp) * mask).exp()

@@ -279,7 +279,10 @@ class Exercises(unittest.TestCase):
         got = kl.prioritized_kl(torch.tensor([[-1.0]]), torch.tensor([[-3.0]]), uniform, 0.0)
         self.close("prioritized_kl(logp=-1, ref_logp=-3, certainty 0, alpha=0): 0 ** 0 is 1", got, [[2.0]])
         x, y, z = (torch.full(shape, -1.5, requires_grad=True) for shape in ((1, 1), (1, 1), (1, 1, 8)))
-        kl.prioritized_kl(x, y - 1, z + coin.clamp(-9), 2.0).sum().backward()
+        got = kl.prioritized_kl(x, y - 1, z + coin.clamp(-9), 2.0)
+        self.assertTrue(got.requires_grad, "\nprioritized_kl has no gradient; it must flow through logp")
+        got.sum().backward()
+        self.assertIsNotNone(x.grad, "\nprioritized_kl has no gradient with respect to logp")
         self.assertIsNone(y.grad, "\nprioritized_kl: a gradient reached ref_logp; the reference is frozen")
         self.assertIsNone(z.grad, "\nprioritized_kl: a gradient reached ref_logits; the reference is frozen")
 
@@ -318,8 +321,9 @@ class Exercises(unittest.TestCase):
         got = ppo.ppo_loss(new, torch.zeros(1, 3), torch.tensor([[1.0, -1.0, 100.0]]), mask, 0.2)
         self.close("ppo_loss at ratios 1.5, 1, 3 (masked), advantages 1, -1, 100: the mean of -1.2 and 1", got, -0.1)
         new, old = torch.tensor([[-1.0, -2.0]], requires_grad=True), torch.tensor([[-1.0, -2.0]])
-        ppo.ppo_loss(new, old, torch.tensor([[3.0, -5.0]]), torch.ones(1, 2), 0.2).backward()
-        self.assertIsNotNone(new.grad, "\nppo_loss has no gradient with respect to new_logp")
+        got = ppo.ppo_loss(new, old, torch.tensor([[3.0, -5.0]]), torch.ones(1, 2), 0.2)
+        self.assertTrue(got.requires_grad, "\nppo_loss has no gradient; it must flow through new_logp")
+        got.backward()
         self.close("the gradient of ppo_loss at ratio 1, advantages 3, -5: -A / 2", new.grad, [[-1.5, 2.5]])
 
 
