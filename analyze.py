@@ -3,7 +3,7 @@
     python analyze.py tokens out/pretrain_n5_small_seed0/model.pt     Figure 5 and Table 1: where is the model unsure?
     python analyze.py curves out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  learning curves of runs, side by side
     python analyze.py critical out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  Figure 7: do the critical tokens come right?
-
+    python analyze.py accuracy out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  Tables 4 and 5: what was learned?
     python analyze.py speed                                           how fast is it here, and how fast could it be?
 
 Pictures go to out/figures.
@@ -181,11 +181,13 @@ def load_run(folder):
         raise UserError(f"{folder} is not the folder of a run with settings.json and log.csv ({error})") from None
 
 
+SEEDS = {"seed", "pretrain_seed", "checkpoint"}  # runs that differ in nothing else are repeats
+
+
 def group_runs(runs):
     """[(settings, log)] -> {label: [log, ...]}: a group for equal settings but the seeds, labelled by what differs."""
-    ignored = {"seed", "pretrain_seed", "checkpoint", "out", "device"}
     names = [name for name in runs[0][0]
-             if name not in ignored and len({str(settings.get(name)) for settings, _ in runs}) > 1]
+             if name not in SEEDS and len({str(settings.get(name)) for settings, _ in runs}) > 1]
     groups = {}
     for settings, log in runs:
         values = [settings.get(name) for name in names]
@@ -226,6 +228,46 @@ def curves(args):
                   frameon=False)
     figure.tight_layout()
     save_figure(figure, args.out, f"{args.verb}.png")
+
+
+# --------------------------------------------------------------------------- accuracy: Tables 4 and 5
+def accuracy_rows(runs):
+    """[(settings, accuracies.json, log)] -> [[setting, runs, cell, ..., KL]]: a row for equal settings but the seeds.
+
+    A setting is named by its differences from the first run's. A cell is the mean in % with its 95% interval: over the
+    runs, or, of a single one, over its problems. Where RL began at other accuracies than in the row above, a row says so.
+    """
+    groups, rows, began = {}, [], None
+    for settings, tables, log in runs:
+        differs = {x: settings.get(x) for x in runs[0][0] if x not in SEEDS and settings.get(x) != runs[0][0][x]}
+        name = " ".join(f"--{x} {value:g}" if isinstance(value, float) else f"--{x} {value}" for x, value in differs.items())
+        groups.setdefault(name or "the first", []).append((tables, log))
+    for name, members in groups.items():
+        for when in ("before", "after"):
+            tables = [tables[when] for tables, _ in members if when in tables]
+            cells = []
+            for cell in tables[0] if tables else ():
+                mean, low, high = bootstrap([x[cell][0] for x in tables]) if len(tables) > 1 else tables[0][cell]
+                cells.append(f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+            if when == "before" and cells and cells != began:
+                began = cells
+                rows.append(["before", str(len(members)), *cells, ""])
+        kl = f"{np.mean([log['kl'][-1] for _, log in members]):.4f}" if "kl" in members[0][1] else ""
+        rows.append([name, str(len(members)), *cells, kl])
+    return rows
+
+
+def accuracy(args):
+    runs = []
+    for folder in dict.fromkeys(args.runs):
+        settings, log = load_run(folder)
+        try:
+            with open(os.path.join(folder, "accuracies.json")) as f:
+                runs.append((settings, json.load(f), log))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} is not the folder of a finished run ({error}); run its command again") from None
+    for row in [["setting", "runs", *runs[0][1]["after"], "KL"], ["---"] * (len(runs[0][1]["after"]) + 3), *accuracy_rows(runs)]:
+        print("| " + " | ".join(row) + " |")
 
 
 # --------------------------------------------------------------------------- speed
@@ -402,6 +444,10 @@ def main(argv=None):
     verb = verbs.add_parser("critical", help="probability of six critical tokens over training (Figure 7)")
     verb.add_argument("runs", nargs="+", help="folders of runs of ppo.py")
     verb.set_defaults(run=curves, panels=CRITICAL)
+
+    verb = verbs.add_parser("accuracy", help="final accuracies of runs, a row a setting (Tables 4, 5)")
+    verb.add_argument("runs", nargs="+", help="folders of finished runs, all of pretrain.py or all of ppo.py")
+    verb.set_defaults(run=accuracy)
 
     verb = verbs.add_parser("speed", help="how fast each phase is on this machine, and how fast it could be")
     verb.add_argument("--digits", type=within(int, 1, 10), default=5, help="N")

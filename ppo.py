@@ -4,7 +4,8 @@ Run:  python ppo.py --alpha 3
 
 The task as a Markov decision process: the state is the text so far, the action the next character, an episode one
 answer. The reward is 0 until the end and there 1 if the result is right. The loss holds the policy near the
-pre-trained model with the prioritized KL penalty of kl.py. Writes out/<run>/model.pt, log.csv, settings.json, state.pt.
+pre-trained model with the prioritized KL penalty of kl.py. Writes out/<run>/model.pt, log.csv, settings.json, state.pt,
+and accuracies.json at the end.
 B sequences, T actions, V vocabulary; every (B, T) tensor is aligned to the actions, see model.split_actions.
 """
 import copy
@@ -411,6 +412,7 @@ def main(argv=None):
     after = {cell: bootstrap(solve(policy, pairs)[0]) for cell, pairs in tests.items()}
     pretrain.print_table(before, f"before: {title}")
     pretrain.print_table(after, f"after {args.iterations * args.episodes:,} episodes: {title}")
+    pretrain.save_tables(args.out, before=before, after=after)
     print(f"\ntrained in {run.seconds() / 60:.1f} minutes; saved {args.out}/model.pt")
     return before, after
 

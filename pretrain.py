@@ -2,8 +2,8 @@
 
 Run:  python pretrain.py --digits 5 --preset small --seed 0
 
-Writes out/<run>/model.pt (the checkpoint), log.csv, settings.json and state.pt (to go on from), and ends with the
-accuracies of the paper's Tables 4 and 5. B sequences, T tokens, V vocabulary.
+Writes out/<run>/model.pt (the checkpoint), log.csv, settings.json, state.pt (to go on from) and, at the end, the
+accuracies of the paper's Tables 4 and 5, accuracies.json. B sequences, T tokens, V vocabulary.
 """
 import argparse
 import contextlib
@@ -300,6 +300,12 @@ def print_table(table, title):
         print(f"  {length:>6}  {cells[0]:<24}{cells[1]}")
 
 
+def save_tables(folder, **tables):
+    """Write {name: {(mode, L): (mean, low, high)}} to accuracies.json, for `analyze.py accuracy`."""
+    cells = {name: {f"{mode} {length}": cell for (mode, length), cell in table.items()} for name, table in tables.items()}
+    write_file(os.path.join(folder, "accuracies.json"), json.dumps(cells, indent=1).encode())
+
+
 # --------------------------------------------------------------------------- training
 def to_batch(pairs, device):
     """Worked problems -> ids (B, T) padded with 0, prompt_len (B,), lengths (B,)."""
@@ -471,6 +477,7 @@ def main(argv=None):
                     step=args.steps, settings=vars(args))
     table, failures = accuracy_table(model, args.digits, args.eval_problems, args.task)
     print_table(table, f"greedy, {args.eval_problems} held-out problems a cell")
+    save_tables(args.out, after=table)
     print("\nthree failures, at their first wrong character")
     for text, a, b in failures[:: max(1, len(failures) // 3)][:3]:
         print(f"  {a}{b:+}: {data.describe_error(text, a, b)}")

@@ -1118,6 +1118,26 @@ class Analyze(unittest.TestCase):
         band = axis.collections[0].get_paths()[0].vertices
         self.assertEqual((band[:, 1].min(), band[:, 1].max()), (0.0, 1.4), "resampling two seeds reaches both")
 
+    def test_accuracy_rows_by_hand(self):
+        """Three runs: two seeds of one setting, averaged, and another setting, named by what differs."""
+        def run(alpha, seed, score):
+            table = {"varying 6": [score, score - 0.1, score + 0.1]}
+            return dict(alpha=alpha, lr=0.1, seed=seed), dict(before=table, after=table), dict(kl=np.array([0, score / 10]))
+        rows = analyze.accuracy_rows([run(0.0, 0, 0.5), run(0.0, 1, 0.5), run(3.0, 0, 0.25)])
+        self.assertEqual(rows, [
+            ["before", "2", "50.0 [50.0, 50.0]", ""], ["the first", "2", "50.0 [50.0, 50.0]", "0.0500"],
+            ["before", "1", "25.0 [15.0, 35.0]", ""], ["--alpha 3", "1", "25.0 [15.0, 35.0]", "0.0250"],
+        ])  # fmt: skip
+        enter_a_new_folder(self)
+        os.mkdir("r")
+        pretrain.write_file("r/settings.json", b"{}")
+        pretrain.write_file("r/log.csv", b"step,loss\n1,2\n")
+        with self.assertRaisesRegex(pretrain.UserError, "^r is not the folder of a finished run"):
+            analyze.main(["accuracy", "r"])
+        pretrain.save_tables("r", after={("identical", 2): (0.25, 0.0, 1.0)})
+        _, printed = quiet(analyze.main, ["accuracy", "r"])
+        self.assertIn("| the first | 1 | 25.0 [0.0, 100.0] |  |", printed)
+
     def test_groups_and_labels(self):
         runs = [(dict(alpha=a, seed=s, lr=1), {"x": a}) for a in (0, 3) for s in (0, 1)]
         self.assertEqual({k: len(v) for k, v in analyze.group_runs(runs).items()}, {"alpha 0": 2, "alpha 3": 2})
