@@ -1147,7 +1147,8 @@ class Analyze(unittest.TestCase):
         config = GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=1, n_embd=2)
         # 3 tokens: 2 * (2*6 + 2*2 + 2*8 + 8*2) for qkv, proj and the two of the MLP, 2 * 2*10 for the logits, 4 * 2 * 5 for attention
         self.assertEqual(analyze.operations(config, 3, 5), 3 * (2 * 48 + 40 + 40))
-        with mock.patch.object(analyze, "SIZES", [("batch", 2), ("width", 64)]):
+        tiny = dict(n_layer=1, n_head=2, n_embd=16)
+        with mock.patch.object(analyze, "SIZES", [("batch", 2), ("width", 64)]), mock.patch.dict(analyze.PRESETS, small=tiny):
             _, printed = quiet(analyze.main, ["speed", "--repeats", "1", "--digits", "1", "--device", "cpu"])
         for row in ("pre-training, 8 steps", "plain:", "prefill", "decode", "score", "update", "batch   2", "width   64"):
             self.assertIn(row, printed)
