@@ -238,9 +238,10 @@ def critical_tokens(model, pairs, n_digits, temperature):
 def evaluate(policy, problems_n, problems_nk, old_problems, temperature):
     """Accuracies on N and N+k, greedy and sampled, and cross-entropy on answers of 1..N digits, in nats a token."""
     row = {}
-    for name, pairs in (("n", problems_n), ("nk", problems_nk)):
-        row[f"greedy_{name}"] = float(solve(policy, pairs, 0)[0].mean())
-        row[f"sampled_{name}"] = float(solve(policy, pairs, temperature)[0].mean())
+    for name, t in (("greedy", 0), ("sampled", temperature)):
+        right, _ = solve(policy, [*problems_n, *problems_nk], t)  # in one batch: faster than in two
+        row[f"{name}_n"] = float(right[: len(problems_n)].mean())
+        row[f"{name}_nk"] = float(right[len(problems_n) :].mean())
     ids, prompt_len, lengths = to_batch(old_problems, policy.lm_head.weight.device)
     n_tokens = lengths - prompt_len  # answer_loss is a mean over tokens: weighted by them, the slices do not matter
     ce = sum(answer_loss(policy, ids[rows, :T], prompt_len[rows], lengths[rows]) * n_tokens[rows].sum()

@@ -958,7 +958,7 @@ class PPO(unittest.TestCase):
             self.assertGreater(abs(got[name]), 0.001, name)
             self.assertAlmostEqual(got[name] / x.mean().item(), 1, delta=0.02, msg=name)
         with mock.patch.object(
-            ppo, "solve", side_effect=lambda model, pairs, t: (np.array([pairs[0][0] / 10 + (t > 0) / 100]), [])
+            ppo, "solve", side_effect=lambda model, pairs, t: (np.array([a / 10 + (t > 0) / 100 for a, _ in pairs]), [])
         ):
             row = ppo.evaluate(tiny_model(block_size=128), [(1, 1)], [(2, 2)], [(3, 3)], 1.0)
         got = [row[x] for x in ("greedy_n", "sampled_n", "greedy_nk", "sampled_nk")]
