@@ -217,7 +217,7 @@ class Run:
             print(f"going on after step {self.step} of {self.folder}; --fresh starts over")
         elif not getattr(args, "explain", False):  # that one only looks
             make_folder(self.folder)
-            for name in ("state.pt", "log.csv", "model.pt") if args.fresh else ():
+            for name in ("state.pt", "log.csv", "model.pt", "accuracies.json") if args.fresh else ():
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(self.folder, name))
             write_file(os.path.join(self.folder, "settings.json"), json.dumps(self.settings, indent=1).encode())
