@@ -185,15 +185,16 @@ SEEDS = {"seed", "pretrain_seed", "checkpoint"}  # runs that differ in nothing e
 
 
 def group_runs(runs):
-    """[(settings, log)] -> {label: [log, ...]}: a group for equal settings but the seeds, labelled by what differs."""
-    names = [name for name in runs[0][0]
-             if name not in SEEDS and len({str(settings.get(name)) for settings, _ in runs}) > 1]
-    groups = {}
-    for settings, log in runs:
-        values = [settings.get(name) for name in names]
-        label = ", ".join(f"{name} {x:g}" if isinstance(x, float) else f"{name} {x}" for name, x in zip(names, values))
-        label = label or "all runs"
-        groups.setdefault(label, []).append(log)
+    """[(settings, what)] -> {label: [what, ...]}: a group for equal settings but the seeds, labelled by what differs.
+
+    Where more than two settings differ, a label tells only those that are not the first run's.
+    """
+    first, groups = runs[0][0], {}
+    names = [x for x in first if x not in SEEDS and len({str(settings.get(x)) for settings, _ in runs}) > 1]
+    for settings, what in runs:
+        told = {x: settings.get(x) for x in names if len(names) < 3 or settings.get(x) != first[x]}
+        label = ", ".join(f"{x} {value:g}" if isinstance(value, float) else f"{x} {value}" for x, value in told.items())
+        groups.setdefault(label or ("the first" if names else "all runs"), []).append(what)
     return groups
 
 
@@ -232,17 +233,13 @@ def curves(args):
 
 # --------------------------------------------------------------------------- accuracy: Tables 4 and 5
 def accuracy_rows(runs):
-    """[(settings, accuracies.json, log)] -> [[setting, runs, cell, ..., KL]]: a row for equal settings but the seeds.
+    """[(settings, (accuracies.json, log))] -> [[label, runs, cell, ..., KL]]: a row for equal settings but the seeds.
 
-    A setting is named by its differences from the first run's. A cell is the mean in % with its 95% interval: over the
-    runs, or, of a single one, over its problems. Where RL began at other accuracies than in the row above, a row says so.
+    A cell is the mean in % with its 95% interval: over the runs, or, of a single one, over its problems. Where RL began
+    at other accuracies than in the rows above, a row says so.
     """
-    groups, rows, began = {}, [], None
-    for settings, tables, log in runs:
-        differs = {x: settings.get(x) for x in runs[0][0] if x not in SEEDS and settings.get(x) != runs[0][0][x]}
-        name = " ".join(f"--{x} {value:g}" if isinstance(value, float) else f"--{x} {value}" for x, value in differs.items())
-        groups.setdefault(name or "the first", []).append((tables, log))
-    for name, members in groups.items():
+    rows, began = [], None
+    for name, members in group_runs(runs).items():
         for when in ("before", "after"):
             tables = [tables[when] for tables, _ in members if when in tables]
             cells = []
@@ -263,10 +260,11 @@ def accuracy(args):
         settings, log = load_run(folder)
         try:
             with open(os.path.join(folder, "accuracies.json")) as f:
-                runs.append((settings, json.load(f), log))
+                runs.append((settings, (json.load(f), log)))
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is not the folder of a finished run ({error}); run its command again") from None
-    for row in [["setting", "runs", *runs[0][1]["after"], "KL"], ["---"] * (len(runs[0][1]["after"]) + 3), *accuracy_rows(runs)]:
+    head = ["setting", "runs", *runs[0][1][0]["after"], "KL"]
+    for row in [head, ["---"] * len(head), *accuracy_rows(runs)]:
         print("| " + " | ".join(row) + " |")
 
 

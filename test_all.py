@@ -1122,11 +1122,12 @@ class Analyze(unittest.TestCase):
         """Three runs: two seeds of one setting, averaged, and another setting, named by what differs."""
         def run(alpha, seed, score):
             table = {"varying 6": [score, score - 0.1, score + 0.1]}
-            return dict(alpha=alpha, lr=0.1, seed=seed), dict(before=table, after=table), dict(kl=np.array([0, score / 10]))
+            log = dict(kl=np.array([0, score / 10]))
+            return dict(alpha=alpha, lr=0.1, seed=seed), (dict(before=table, after=table), log)
         rows = analyze.accuracy_rows([run(0.0, 0, 0.5), run(0.0, 1, 0.5), run(3.0, 0, 0.25)])
         self.assertEqual(rows, [
-            ["before", "2", "50.0 [50.0, 50.0]", ""], ["the first", "2", "50.0 [50.0, 50.0]", "0.0500"],
-            ["before", "1", "25.0 [15.0, 35.0]", ""], ["--alpha 3", "1", "25.0 [15.0, 35.0]", "0.0250"],
+            ["before", "2", "50.0 [50.0, 50.0]", ""], ["alpha 0", "2", "50.0 [50.0, 50.0]", "0.0500"],
+            ["before", "1", "25.0 [15.0, 35.0]", ""], ["alpha 3", "1", "25.0 [15.0, 35.0]", "0.0250"],
         ])  # fmt: skip
         enter_a_new_folder(self)
         os.mkdir("r")
@@ -1136,11 +1137,17 @@ class Analyze(unittest.TestCase):
             analyze.main(["accuracy", "r"])
         pretrain.save_tables("r", after={("identical", 2): (0.25, 0.0, 1.0)})
         _, printed = quiet(analyze.main, ["accuracy", "r"])
-        self.assertIn("| the first | 1 | 25.0 [0.0, 100.0] |  |", printed)
+        self.assertIn("| all runs | 1 | 25.0 [0.0, 100.0] |  |", printed)
 
     def test_groups_and_labels(self):
         runs = [(dict(alpha=a, seed=s, lr=1), {"x": a}) for a in (0, 3) for s in (0, 1)]
         self.assertEqual({k: len(v) for k, v in analyze.group_runs(runs).items()}, {"alpha 0": 2, "alpha 3": 2})
+
+    def test_labels_where_much_differs(self):
+        runs = [(dict(a=1, b=0.5, c=3, seed=i), i) for i in range(2)] + [(dict(a=2, b=0.5, c=3, seed=0), 2)]
+        runs += [(dict(a=1, b=0.25, c=3, seed=0), 3), (dict(a=1, b=0.5, c=4, seed=0), 4)]
+        groups = {"the first": [0, 1], "a 2": [2], "b 0.25": [3], "c 4": [4]}
+        self.assertEqual(analyze.group_runs(runs), groups)
 
     def test_speed(self):
         """Every row is there; the count of operations, worked out by hand."""
