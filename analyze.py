@@ -4,6 +4,7 @@
     python analyze.py curves out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  learning curves of runs, side by side
     python analyze.py critical out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  Figure 7: do the critical tokens come right?
     python analyze.py accuracy out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  Tables 4 and 5: what was learned?
+    python analyze.py controls out/ppo_alpha0_seed* out/ppo_alpha3_seed*  is one setting better, over seeds?
     python analyze.py speed                                           how fast is it here, and how fast could it be?
 
 Pictures go to out/figures.
@@ -254,18 +255,87 @@ def accuracy_rows(runs):
     return rows
 
 
-def accuracy(args):
+def load_finished(folders):
+    """Folders of finished runs -> [(settings, (accuracies.json, log))], each folder once."""
     runs = []
-    for folder in dict.fromkeys(args.runs):
+    for folder in dict.fromkeys(folders):
         settings, log = load_run(folder)
         try:
             with open(os.path.join(folder, "accuracies.json")) as f:
                 runs.append((settings, (json.load(f), log)))
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is not the folder of a finished run ({error}); run its command again") from None
+    return runs
+
+
+def accuracy(args):
+    runs = load_finished(args.runs)
     head = ["setting", "runs", *runs[0][1][0]["after"], "KL"]
     for row in [head, ["---"] * len(head), *accuracy_rows(runs)]:
         print("| " + " | ".join(row) + " |")
+
+
+# --------------------------------------------------------------------------- alpha, controls: Figure 6
+def outcome(tables, log, level=0.8):
+    """A run of ppo.py -> its final accuracy on varying N+k, the area under its curve, its episodes to the level.
+
+    The curve is greedy_nk over the episodes; the area is its mean height, 0 to 1; between evaluations it is a straight
+    line, and the episodes are nan if it never reaches the level.
+    """
+    known = ~np.isnan(log["greedy_nk"])
+    x, y = log["episodes"][known], log["greedy_nk"][known]
+    area = ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0])
+    i = int((y >= level).argmax())  # the first, or 0 if there is none
+    if y[i] < level:
+        episodes = np.nan
+    else:
+        episodes = x[0] if i == 0 else x[i - 1] + (level - y[i - 1]) / (y[i] - y[i - 1]) * (x[i] - x[i - 1])
+    return list(tables["after"].values())[-1][0], area, episodes
+
+
+def paired(these, those):
+    """{seeds: value} of two settings -> [difference, ...] over the seeds that both have."""
+    return [these[seeds] - those[seeds] for seeds in these if seeds in those]
+
+
+def compare(args):
+    """alpha and controls: a table of settings, each against the first, paired by seed, and its picture."""
+    runs = []
+    for settings, (tables, log) in load_finished(args.runs):
+        if "before" not in tables or np.isnan(log["greedy_nk"]).sum() > len(log["greedy_nk"]) - 2:
+            raise UserError(f"{args.verb} compares runs of ppo.py with two evaluations or more; leave the others out")
+        seeds = tuple(str(settings.get(name)) for name in sorted(SEEDS))
+        runs.append((settings, (seeds, settings["alpha"], *outcome(tables, log))))
+    groups = group_runs(runs)
+    first = {seeds: final for seeds, _, final, _, _ in next(iter(groups.values()))}
+    print("| setting | runs | final accuracy on varying N+k, % | minus the first's, paired | area under the curve, % "
+          "| reached 80% | after episodes |\n|---|---|---|---|---|---|---|")
+    bars = []  # (label, alpha, final, low, high, area)
+    for label, members in groups.items():
+        finals, areas = ([100 * member[i] for member in members] for i in (2, 3))
+        episodes = [member[4] for member in members if member[4] == member[4]]
+        difference = paired({member[0]: 100 * member[2] for member in members}, {k: 100 * x for k, x in first.items()})
+        spread = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(difference)) if len(difference) > 1 else ""
+        bars.append((label, members[0][1], *bootstrap(finals), np.mean(areas)))
+        print("| {} | {} | {:.1f} [{:.1f}, {:.1f}] | {} | {:.1f} | {} of {} | {} |".format(
+            label, len(members), *bars[-1][2:5], spread, bars[-1][5], len(episodes), len(members),
+            f"{np.mean(episodes):,.0f}" if episodes else ""))
+    labels, alphas, final, low, high, area = zip(*bars)
+    figure, axis = plt.subplots(figsize=(4.5, 3.2))
+    errors = np.array([np.subtract(final, low), np.subtract(high, final)])
+    if args.verb == "alpha":
+        order = np.argsort(alphas)
+        axis.errorbar(np.array(alphas)[order], np.array(final)[order], errors[:, order], fmt="o-", capsize=3, label="final")
+        axis.plot(np.array(alphas)[order], np.array(area)[order], "s--", label="area under the curve")
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set(xlabel="alpha (0 = standard KL)", ylabel="accuracy on varying N+k (%)", ylim=(0, 103))
+        axis.legend(frameon=False)
+    else:
+        axis.barh(range(len(labels)), final, xerr=errors, color="0.75", edgecolor="0.2", capsize=3)
+        axis.set_yticks(range(len(labels)), labels, fontsize=8)
+        axis.invert_yaxis()
+        axis.set(xlabel="final accuracy on varying N+k (%)", xlim=(0, 103))
+    save_figure(figure, args.out, f"{args.verb}.png")
 
 
 # --------------------------------------------------------------------------- speed
@@ -447,6 +517,11 @@ def main(argv=None):
     verb.add_argument("runs", nargs="+", help="folders of finished runs, all of pretrain.py or all of ppo.py")
     verb.set_defaults(run=accuracy)
 
+    for name, what in (("alpha", "against alpha (Figure 6)"), ("controls", "of settings, each against the first")):
+        verb = verbs.add_parser(name, help=f"final accuracy {what}, over seeds")
+        verb.add_argument("runs", nargs="+", help="folders of finished runs of ppo.py")
+        verb.set_defaults(run=compare)
+
     verb = verbs.add_parser("speed", help="how fast each phase is on this machine, and how fast it could be")
     verb.add_argument("--digits", type=within(int, 1, 10), default=5, help="N")
     verb.add_argument("--preset", choices=PRESETS, default="small", help="model size")
@@ -454,7 +529,7 @@ def main(argv=None):
     verb.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
     verb.set_defaults(run=speed)
 
-    for verb in [verbs.choices[name] for name in ("tokens", "curves", "critical")]:
+    for verb in [verbs.choices[name] for name in ("tokens", "curves", "critical", "alpha", "controls")]:
         verb.add_argument("--out", default="out/figures", help="folder for the pictures")
     args = ap.parse_args(argv)
     args.run(args)

@@ -1149,6 +1149,33 @@ class Analyze(unittest.TestCase):
         groups = {"the first": [0, 1], "a 2": [2], "b 0.25": [3], "c 4": [4]}
         self.assertEqual(analyze.group_runs(runs), groups)
 
+    def test_compare_by_hand(self):
+        """Made-up runs: greedy_nk 0.2, nan, 0.6, 1.0 at 0, 10, 20, 40 episodes, and final accuracies by seed."""
+        log = dict(episodes=np.array([0.0, 10, 20, 40]), greedy_nk=np.array([0.2, np.nan, 0.6, 1.0]))
+        tables = dict(after={"varying 5": [1.0, 1, 1], "varying 6": [0.7, 0.6, 0.8]})
+        final, area, episodes = analyze.outcome(tables, log)
+        self.assertEqual(final, 0.7)
+        self.assertAlmostEqual(area, (0.4 * 20 + 0.8 * 20) / 40)  # two trapezia
+        self.assertAlmostEqual(episodes, 30)  # half-way from 0.6 at 20 to 1.0 at 40
+        log["greedy_nk"] = np.array([0.2, np.nan, 0.6, 0.7])
+        self.assertTrue(np.isnan(analyze.outcome(tables, log)[2]), "never reached")
+        log["greedy_nk"] = np.array([0.9, np.nan, 0.6, 0.7])
+        self.assertEqual(analyze.outcome(tables, log)[2], 0)
+        self.assertEqual(analyze.paired(dict(a=3, b=5, c=9), dict(a=1, b=1, d=7)), [2, 4])
+        enter_a_new_folder(self)
+        for alpha, seed, final in ((0, 1, 0.5), (0, 2, 0.7), (100, 1, 0.9), (100, 2, 0.9)):
+            folder = f"a{alpha}s{seed}"
+            os.mkdir(folder)
+            pretrain.write_file(f"{folder}/settings.json", json.dumps(dict(alpha=alpha, seed=seed)).encode())
+            pretrain.write_file(f"{folder}/log.csv", b"iteration,episodes,greedy_nk\n0,0,0.4\n1,10,\n2,20,0.8\n")
+            table = {("varying", 6): (final, final, final)}
+            pretrain.save_tables(folder, before=table, after=table)
+        for verb in ("alpha", "controls"):
+            _, printed = quiet(analyze.main, [verb, "a0s1", "a0s2", "a100s1", "a100s2"])
+            self.assertIn("| alpha 0 | 2 | 60.0 [50.0, 70.0] | +0.0 [+0.0, +0.0] | 60.0 | 2 of 2 | 20 |", printed)
+            self.assertIn("| alpha 100 | 2 | 90.0 [90.0, 90.0] | +30.0 [+20.0, +40.0] | 60.0 | 2 of 2 | 20 |", printed)
+            self.assertTrue(os.path.exists(f"out/figures/{verb}.png"))
+
     def test_speed(self):
         """Every row is there; the count of operations, worked out by hand."""
         config = GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=1, n_embd=2)
