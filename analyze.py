@@ -1,6 +1,7 @@
 """Tables and figures from checkpoints and run logs.
 
     python analyze.py tokens out/pretrain_n5_small_seed0/model.pt     Figure 5 and Table 1: where is the model unsure?
+    python analyze.py errors out/pretrain_n5_small_seed0/model.pt     are these what decides?
     python analyze.py curves out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  learning curves of runs, side by side
     python analyze.py critical out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  Figure 7: do the critical tokens come right?
     python analyze.py accuracy out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  Tables 4 and 5: what was learned?
@@ -117,17 +118,24 @@ def draw_tokens(texts, certainties, titles):
     return figure
 
 
-def tokens(args):
+def answers(args):
+    """Let the checkpoint answer problems of N+k digits -> model, N, pairs, correct, texts; and how, in words."""
     if 0 < args.temperature < 1e-3:
         raise UserError(f"--temperature {args.temperature:g} is too low to sample with; give 0 for greedy")
-    device = pretrain.get_device(args.device)
-    model, facts = pretrain.load_checkpoint(args.checkpoint, device)
-    n_digits, long = facts["digits"], facts["digits"] + args.extra_digits
-    if data.max_length(long, facts["task"]) > model.config.block_size:
-        raise UserError(f"{long} digits need a block of {data.max_length(long, facts['task'])}, {args.checkpoint} has "
+    model, facts = pretrain.load_checkpoint(args.checkpoint, pretrain.get_device(args.device))
+    long, task = facts["digits"] + args.extra_digits, facts["task"]
+    if data.max_length(long, task) > model.config.block_size:
+        raise UserError(f"{long} digits need a block of {data.max_length(long, task)}, {args.checkpoint} has "
                         f"{model.config.block_size}; give fewer --extra_digits")
-    pairs = sample_problems(args.problems, long, "varying", args.seed, facts["task"])
+    pairs = sample_problems(args.problems, long, "varying", args.seed, task)
     correct, texts = solve(model, pairs, args.temperature, args.seed)
+    how = "greedy" if args.temperature == 0 else f"sampled at temperature {args.temperature:g}"
+    how = f"{correct.mean():.1%} of {len(pairs)} problems of {long} digits right, {how}; pre-trained on 1..{facts['digits']}"
+    return model, facts["digits"], pairs, correct, texts, how
+
+
+def tokens(args):
+    model, n_digits, pairs, correct, texts, how = answers(args)
     certainties = [token_certainty(model, text, len(data.prompt(a, b))) for text, (a, b) in zip(texts, pairs)]
 
     order = np.argsort(correct, kind="stable")[: args.show]  # failures first: they show the most
@@ -136,10 +144,7 @@ def tokens(args):
         print(f"--- {title}")
         print(in_colour(texts[i], certainties[i]) if sys.stdout.isatty() else texts[i])
 
-    how = "greedy" if args.temperature == 0 else f"sampled at temperature {args.temperature:g}"
-    print(f"\n{correct.mean():.1%} of {len(pairs)} problems of {long} digits right, {how}; "
-          f"pre-trained on 1..{n_digits}")
-    print("\nTable 1: certainty on the token minus the mean certainty on the answer's other tokens [95% interval]")
+    print(f"\n{how}\n\nTable 1: certainty on the token minus the mean certainty on the answer's other tokens [95% interval]")
     for name, values in table_1(texts, pairs, certainties, n_digits).items():
         if values:
             print("  {:<30} {:+.4f} [{:+.4f}, {:+.4f}]".format(name, *bootstrap(values)))
@@ -154,6 +159,33 @@ def tokens(args):
         print(f"  {a}{b:+}: {data.describe_error(texts[i], a, b)}{sure}{', a critical token' if critical else ''}")
     print(f"  {n_critical} of {(~correct).sum()} at a critical token")
     save_figure(draw_tokens([texts[i] for i in order], [certainties[i] for i in order], titles), args.out, "tokens.png")
+
+
+# --------------------------------------------------------------------------- errors
+def first_wrong(texts, pairs, n_digits):
+    """Where each answer first leaves the right one: a list of "critical", "other" or None."""
+    where = []
+    for text, (a, b) in zip(texts, pairs):
+        index = data.first_error(text, a, b)
+        critical = index in data.critical_positions(a, b, n_digits).values()
+        where.append(None if index is None else "critical" if critical else "other")
+    return where
+
+
+def errors(args):
+    """Do failures begin at critical tokens, and does a wrong critical token always end in a failure?"""
+    _, n_digits, pairs, correct, texts, how = answers(args)
+    where = np.array(first_wrong(texts, pairs, n_digits), dtype=object)
+    print(how)
+    for what, values in (
+        ("of the failures, first wrong at a critical token", where[~correct] == "critical"),
+        ("P(answer wrong | a critical token is its first wrong one)", ~correct[where == "critical"]),
+        ("P(answer wrong | another token is its first wrong one)", ~correct[where == "other"]),
+        ("P(answer wrong | all critical tokens right)", ~correct[where != "critical"]),
+    ):
+        if len(values):
+            mean, low, high = bootstrap(values)
+            print(f"  {what:<60} {mean:6.1%} [{low:.1%}, {high:.1%}]   {values.sum()} of {len(values)}")
 
 
 # --------------------------------------------------------------------------- curves
@@ -495,15 +527,17 @@ def main(argv=None):
     ap = pretrain.Parser(description="Tables and figures from checkpoints and run logs.")
     verbs = ap.add_subparsers(dest="verb", required=True)
 
-    verb = verbs.add_parser("tokens", help="where a model is unsure, where its failures begin (Figure 5, Table 1)")
-    verb.add_argument("checkpoint", help="a model.pt of pretrain.py or ppo.py")
-    verb.add_argument("--problems", type=pretrain.COUNT, default=50, help="held-out problems to solve")
-    verb.add_argument("--extra_digits", type=within(int, 0, 50), default=1, help="k: problems of N+k digits")
-    verb.add_argument("--temperature", type=within(float, 0, 1e3), default=0.0, help="0 = greedy")
-    verb.add_argument("--show", type=pretrain.COUNT, default=3, help="answers to show in colour, failures first")
-    verb.add_argument("--seed", type=pretrain.SEED, default=1, help="of the problems")
-    verb.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
-    verb.set_defaults(run=tokens)
+    for name, run, problems, what in (("tokens", tokens, 50, "where is a model unsure? (Figure 5, Table 1)"),
+                                      ("errors", errors, 500, "do failures begin at critical tokens, and do these decide?")):
+        verb = verbs.add_parser(name, help=what)
+        verb.add_argument("checkpoint", help="a model.pt of pretrain.py or ppo.py")
+        verb.add_argument("--problems", type=pretrain.COUNT, default=problems, help="held-out problems to solve")
+        verb.add_argument("--extra_digits", type=within(int, 0, 50), default=1, help="k: problems of N+k digits")
+        verb.add_argument("--temperature", type=within(float, 0, 1e3), default=0.0, help="0 = greedy")
+        verb.add_argument("--seed", type=pretrain.SEED, default=1, help="of the problems and the sampling")
+        verb.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
+        verb.set_defaults(run=run)
+    verbs.choices["tokens"].add_argument("--show", type=pretrain.COUNT, default=3, help="answers to show, failures first")
 
     verb = verbs.add_parser("curves", help="learning curves; mean and 95%% band where seeds repeat")
     verb.add_argument("runs", nargs="+", help="folders of runs, all of pretrain.py or all of ppo.py")

@@ -1102,6 +1102,22 @@ class Analyze(unittest.TestCase):
         )  # comma, digit
         self.assertEqual(len(rows["critical (mean)"]), 1, "an answer without tokens has no row")
 
+    def test_errors_by_hand(self):
+        """Six answers to 12+3 with N = 1: two right, two wrong from a critical comma on, of which one recovers, two others."""
+        enter_a_new_folder(self)
+        good = data.prompt(12, 3) + data.answer(12, 3)
+        index = data.critical_positions(12, 3, 1)[1, 1, "comma1"]
+        stray = good[:index] + "]" + good[index:]  # the list is closed early; the result is right all the same
+        texts = [good, good, stray, good[:index] + "]", good[:-5], good.replace("1 5\n", "1 6\n")]
+        pairs = [(12, 3)] * 6
+        self.assertEqual(analyze.first_wrong(texts, pairs, 1), [None, None, "critical", "critical", "other", "other"])
+        correct = np.array([data.grade(text, 12, 3) for text in texts])
+        self.assertEqual(correct.tolist(), [True, True, True, False, False, False])
+        with mock.patch.object(analyze, "answers", return_value=(None, 1, pairs, correct, texts, "how")):
+            _, printed = quiet(analyze.main, ["errors", "model.pt"])
+        counts = re.findall(r"(\d+) of (\d+)\n", printed)
+        self.assertEqual(counts, [("1", "3"), ("1", "2"), ("2", "2"), ("2", "4")])
+
     def test_curves_with_a_band(self):
         with tempfile.TemporaryDirectory() as folder:
             for alpha, seed in itertools.product((0.0, 3.0), (0, 1)):
@@ -1557,7 +1573,8 @@ class Survives(unittest.TestCase):
         values = "0 1 2 -1 1e9 0.5 nan inf 1e-9 abc é / , paper".split() + [""]
         for script, base, first_step in (
             (pretrain, self.PRETRAIN, "sample_problems"), (ppo, self.PPO, "sample_problems"),
-            (analyze, ["tokens", "p/model.pt"], "sample_problems"), (analyze, ["speed"], "product_rate"),
+            (analyze, ["tokens", "p/model.pt"], "sample_problems"), (analyze, ["errors", "p/model.pt"], "sample_problems"),
+            (analyze, ["speed"], "product_rate"),
             (analyze, ["curves", "p"], "load_run"), (analyze, ["critical", "p"], "load_run"),
         ):  # fmt: skip
             with self.assertRaises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as helptext:
