@@ -2,6 +2,7 @@
 
     python analyze.py tokens out/pretrain_n5_small_seed0/model.pt     Figure 5 and Table 1: where is the model unsure?
     python analyze.py errors out/pretrain_n5_small_seed0/model.pt     are these what decides?
+    python analyze.py certainty out/pretrain_n5_small_seed0/model.pt  does it err where it is unsure?
     python analyze.py curves out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  learning curves of runs, side by side
     python analyze.py critical out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  Figure 7: do the critical tokens come right?
     python analyze.py accuracy out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  Tables 4 and 5: what was learned?
@@ -186,6 +187,54 @@ def errors(args):
         if len(values):
             mean, low, high = bootstrap(values)
             print(f"  {what:<60} {mean:6.1%} [{low:.1%}, {high:.1%}]   {values.sum()} of {len(values)}")
+
+
+# --------------------------------------------------------------------------- certainty
+@torch.no_grad()
+def certainty_by_place(model, pairs, n_digits):
+    """Fed the right answers: {place: [(certainty, 1.0 if the most likely token is wrong else 0.0), ...]}.
+
+    A place is data.place's ("line 1, operand 2"), and "critical" for the critical tokens in it.
+    """
+    places = {}
+    for a, b in pairs:
+        text, device = data.prompt(a, b) + data.answer(a, b), model.lm_head.weight.device
+        ids = torch.tensor([data.encode(text)], device=device)
+        logits, _ = model(ids[:, :-1])
+        sure, wrong = certainty(logits)[0].tolist(), (logits.argmax(-1) != ids[:, 1:])[0].float().tolist()
+        critical = data.critical_positions(a, b, n_digits).values()
+        for index in range(len(data.prompt(a, b)), len(text)):
+            places.setdefault(data.place(a, b, index) + ", critical" * (index in critical), []).append(
+                (sure[index - 1], wrong[index - 1]))
+    return places
+
+
+def show_certainty(args):
+    """Where the model is unsure, and whether it errs more where it is."""
+    model, n_digits, pairs, _, _, how = answers(args)
+    places = certainty_by_place(model, pairs, n_digits)
+    print(f"{how}\n\nfed the right answers\n{'place':<30} {'tokens':>7} {'certainty':>10} {'lowest':>8} {'wrong':>7}")
+    for place, values in sorted(places.items()):
+        sure, wrong = np.array(values).T
+        print(f"{place:<30} {len(values):7} {sure.mean():10.4f} {sure.min():8.4f} {wrong.mean():7.1%}")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    for critical, marker in ((False, "o"), (True, "^")):
+        chosen = [np.array(x).T for place, x in places.items() if place.endswith("critical") == critical]
+        axes[0].scatter([1 - sure.mean() + 1e-6 for sure, _ in chosen], [wrong.mean() for _, wrong in chosen], marker=marker,
+                        color="0.2" if critical else "0.6", label="critical tokens" if critical else "other tokens")
+    axes[0].set(xlabel="1 - mean certainty, a point a place", ylabel="share wrong", xscale="log", ylim=(-0.03, 1.1))
+    sure, wrong = np.array([x for values in places.values() for x in values]).T
+    edges = np.array([0, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1])
+    bins = np.clip(np.digitize(sure, edges) - 1, 0, len(edges) - 2)
+    for i in np.unique(bins):
+        mean, low, high = bootstrap(wrong[bins == i])
+        axes[1].errorbar(i, mean, [[mean - low], [high - mean]], fmt="o", color="0.2", capsize=3)
+        axes[1].annotate(f"{(bins == i).sum():,}", (i, high), (0, 4), textcoords="offset points", ha="center", fontsize=7)
+    axes[1].set_xticks(range(len(edges) - 1), [f"{low:g}\nto {high:g}" for low, high in zip(edges, edges[1:])], fontsize=7)
+    axes[1].set(xlabel="certainty (above a point: tokens)", ylabel="share wrong", ylim=(-0.03, 1.1))
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    save_figure(figure, args.out, "certainty.png")
 
 
 # --------------------------------------------------------------------------- curves
@@ -528,7 +577,8 @@ def main(argv=None):
     verbs = ap.add_subparsers(dest="verb", required=True)
 
     for name, run, problems, what in (("tokens", tokens, 50, "where is a model unsure? (Figure 5, Table 1)"),
-                                      ("errors", errors, 500, "do failures begin at critical tokens, and do these decide?")):
+                                      ("errors", errors, 500, "do failures begin at critical tokens, and do these decide?"),
+                                      ("certainty", show_certainty, 100, "certainty and errors, place by place")):
         verb = verbs.add_parser(name, help=what)
         verb.add_argument("checkpoint", help="a model.pt of pretrain.py or ppo.py")
         verb.add_argument("--problems", type=pretrain.COUNT, default=problems, help="held-out problems to solve")
@@ -563,7 +613,7 @@ def main(argv=None):
     verb.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
     verb.set_defaults(run=speed)
 
-    for verb in [verbs.choices[name] for name in ("tokens", "curves", "critical", "alpha", "controls")]:
+    for verb in [verbs.choices[name] for name in ("tokens", "certainty", "curves", "critical", "alpha", "controls")]:
         verb.add_argument("--out", default="out/figures", help="folder for the pictures")
     args = ap.parse_args(argv)
     args.run(args)

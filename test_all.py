@@ -1118,6 +1118,24 @@ class Analyze(unittest.TestCase):
         counts = re.findall(r"(\d+) of (\d+)\n", printed)
         self.assertEqual(counts, [("1", "3"), ("1", "2"), ("2", "2"), ("2", "4")])
 
+    def test_certainty_by_place(self):
+        """A model that always expects the same token: every other one is wrong, and each token of the answer counts once."""
+        model = tiny_model(block_size=192)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()  # all logits are 0: certainty 0, and the most likely token is the first, the line break
+        places = analyze.certainty_by_place(model, [(12, 3)], 1)
+        self.assertEqual(sum(map(len, places.values())), len(data.answer(12, 3)))
+        self.assertEqual(len(places["line 1, operand 1, critical"]), 2)
+        wrong = sum(wrong for values in places.values() for _, wrong in values)
+        self.assertEqual(wrong, len(data.answer(12, 3).replace("\n", "")))
+        self.assertEqual({sure for values in places.values() for sure, _ in values}, {0.0})
+        enter_a_new_folder(self)
+        with mock.patch.object(analyze, "answers", return_value=(model, 1, [(12, 3)], None, [], "how")):
+            _, printed = quiet(analyze.main, ["certainty", "model.pt"])
+        self.assertRegex(printed, r"line 1, operand 1, critical +2 +0.0000 +0.0000 +100.0%")
+        self.assertTrue(os.path.exists("out/figures/certainty.png"))
+
     def test_curves_with_a_band(self):
         with tempfile.TemporaryDirectory() as folder:
             for alpha, seed in itertools.product((0.0, 3.0), (0, 1)):
