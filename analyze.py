@@ -1,18 +1,20 @@
 """Tables and figures from checkpoints and run logs.
 
     python analyze.py tokens out/pretrain_n5_small_seed0/model.pt     Figure 5 and Table 1: where is the model unsure?
-    python analyze.py errors out/pretrain_n5_small_seed0/model.pt     are these what decides?
-    python analyze.py certainty out/pretrain_n5_small_seed0/model.pt  does it err where it is unsure?
-    python analyze.py curves out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  learning curves of runs, side by side
-    python analyze.py critical out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  Figure 7: do the critical tokens come right?
+    python analyze.py certainty out/pretrain_n5_small_seed0/model.pt  does it err there?
+    python analyze.py errors out/pretrain_n5_small_seed0/model.pt     do failures begin at critical tokens?
+    python analyze.py curves out/ppo_alpha0_seed0 out/ppo_alpha3_seed0   learning curves of runs, side by side
+    python analyze.py critical, drift                                 the same for critical tokens (Figure 7), for KL and N
     python analyze.py accuracy out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  Tables 4 and 5: what was learned?
-    python analyze.py controls out/ppo_alpha0_seed* out/ppo_alpha3_seed*  is one setting better, over seeds?
+    python analyze.py alpha, controls, frontier                       settings over seeds: Figure 6; paired; at what cost
+    python analyze.py all                                             all of these from the logs in assets/runs
     python analyze.py speed                                           how fast is it here, and how fast could it be?
 
 Pictures go to out/figures.
 """
 import copy
 import csv
+import glob
 import itertools
 import json
 import os
@@ -251,6 +253,12 @@ CRITICAL = {  # the six places of the paper's Figure 7
 }
 
 
+DRIFT = {  # how far the policy has gone, and whether the old skill is still there
+    "kl": PANELS["kl"], "greedy_n": PANELS["greedy_n"], "sampled_n": "accuracy on N, sampled (share)",
+    "ce_old": PANELS["ce_old"],
+}
+
+
 def load_run(folder):
     """A run's folder -> (settings dict, {column: (rows,) array with nan where nothing was logged})."""
     try:
@@ -387,6 +395,9 @@ def compare(args):
             raise UserError(f"{args.verb} compares runs of ppo.py with two evaluations or more; leave the others out")
         seeds = tuple(str(settings.get(name)) for name in sorted(SEEDS))
         runs.append((settings, (seeds, settings["alpha"], *outcome(tables, log))))
+    if args.verb == "alpha" and any(settings | dict(alpha=0) | dict.fromkeys(SEEDS) != runs[0][0] | dict(alpha=0)
+                                    | dict.fromkeys(SEEDS) for settings, _ in runs):
+        raise UserError("these runs differ in more than alpha and the seeds; use controls, or leave some out")
     groups = group_runs(runs)
     first = {seeds: final for seeds, _, final, _, _ in next(iter(groups.values()))}
     print("| setting | runs | final accuracy on varying N+k, % | minus the first's, paired | area under the curve, % "
@@ -417,6 +428,42 @@ def compare(args):
         axis.invert_yaxis()
         axis.set(xlabel="final accuracy on varying N+k (%)", xlim=(0, 103))
     save_figure(figure, args.out, f"{args.verb}.png")
+
+
+# --------------------------------------------------------------------------- frontier
+def frontier(args):
+    """What was learned against what it cost: a point a run, the lower right corner is where nobody wants to be."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    print("| setting | runs | final accuracy on varying N+k, % | KL | cross-entropy on 1..N | sampled on N, % |\n"
+          "|---|---|---|---|---|---|")
+    for i, (label, members) in enumerate(group_runs(load_finished(args.runs)).items()):
+        learned = [100 * list(tables["after"].values())[-1][0] for tables, _ in members]
+        last = {name: [log[name][-1] for _, log in members] for name in ("kl", "ce_old", "sampled_n")}
+        print(f"| {label} | {len(members)} | {np.mean(learned):.1f} | {np.mean(last['kl']):.4f} | "
+              f"{np.mean(last['ce_old']):.6f} | {100 * np.mean(last['sampled_n']):.1f} |")
+        for axis, name in zip(axes, ("kl", "ce_old")):
+            axis.scatter(last[name], learned, marker="osv^DX*P"[i % 8], color=f"C{i}", edgecolor="0.2", label=label)
+    axes[0].set(xlabel=PANELS["kl"], ylabel="final accuracy on varying N+k (%)", ylim=(0, 103))
+    axes[1].set(xlabel=PANELS["ce_old"], xscale="log")
+    axes[1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    save_figure(figure, args.out, "frontier.png")
+
+
+# --------------------------------------------------------------------------- all
+COMPARED = ("accuracy", "controls", "curves", "critical", "drift", "frontier")
+ALL = {"pretrain": ("accuracy",), "settings": ("accuracy",), "default": COMPARED, "kl_coef1": COMPARED}
+
+
+def everything(args):
+    """The tables and figures that need no checkpoint, from the runs that the README tells of: {folder: verbs}."""
+    for name, shown in ALL.items():
+        runs = sorted(glob.glob(os.path.join(args.runs, name, "*")))
+        if not runs:
+            raise UserError(f"no runs in {os.path.join(args.runs, name)}; give the folder that holds it with --runs")
+        for verb in shown:
+            print(f"\n{verb}: the runs of {os.path.join(args.runs, name)}")
+            main([verb, *runs, *(["--out", os.path.join(args.out, name)] if verb != "accuracy" else [])])
 
 
 # --------------------------------------------------------------------------- speed
@@ -597,6 +644,18 @@ def main(argv=None):
     verb.add_argument("runs", nargs="+", help="folders of runs of ppo.py")
     verb.set_defaults(run=curves, panels=CRITICAL)
 
+    verb = verbs.add_parser("drift", help="how far the policy goes from the pre-trained model, and what it forgets")
+    verb.add_argument("runs", nargs="+", help="folders of runs of ppo.py")
+    verb.set_defaults(run=curves, panels=DRIFT)
+
+    verb = verbs.add_parser("frontier", help="what was learned against what it cost, a point a run")
+    verb.add_argument("runs", nargs="+", help="folders of finished runs of ppo.py")
+    verb.set_defaults(run=frontier)
+
+    verb = verbs.add_parser("all", help="all tables and figures from the logs under a folder")
+    verb.add_argument("--runs", default="assets/runs", help="the folder of the sets of runs: " + ", ".join(ALL))
+    verb.set_defaults(run=everything)
+
     verb = verbs.add_parser("accuracy", help="final accuracies of runs, a row a setting (Tables 4, 5)")
     verb.add_argument("runs", nargs="+", help="folders of finished runs, all of pretrain.py or all of ppo.py")
     verb.set_defaults(run=accuracy)
@@ -613,7 +672,8 @@ def main(argv=None):
     verb.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
     verb.set_defaults(run=speed)
 
-    for verb in [verbs.choices[name] for name in ("tokens", "certainty", "curves", "critical", "alpha", "controls")]:
+    for verb in [verbs.choices[name] for name in ("tokens", "certainty", "curves", "critical", "drift", "alpha", "controls",
+                                              "frontier", "all")]:
         verb.add_argument("--out", default="out/figures", help="folder for the pictures")
     args = ap.parse_args(argv)
     args.run(args)

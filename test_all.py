@@ -1210,6 +1210,29 @@ class Analyze(unittest.TestCase):
             self.assertIn("| alpha 100 | 2 | 90.0 [90.0, 90.0] | +30.0 [+20.0, +40.0] | 60.0 | 2 of 2 | 20 |", printed)
             self.assertTrue(os.path.exists(f"out/figures/{verb}.png"))
 
+    def test_all_and_frontier(self):
+        enter_a_new_folder(self)
+        for name in analyze.ALL:
+            for alpha in (0, 3):
+                folder = f"runs/{name}/a{alpha}"
+                os.makedirs(folder)
+                settings = dict(alpha=alpha, seed=0) if name != "pretrain" else dict(seed=alpha)
+                pretrain.write_file(f"{folder}/settings.json", json.dumps(settings).encode())
+                log = "iteration,episodes,kl,success,greedy_n,sampled_n,greedy_nk,ce_old,p_critical,p_l1o1\n"
+                log += f"0,0,,,1,1,0.4,0.1,0.5,0.5\n1,10,0.{alpha + 1},0.5,1,0.75,0.8,0.2,0.6,0.6\n"
+                pretrain.write_file(f"{folder}/log.csv", log.encode())
+                table = {("varying", 6): (0.5, 0.4, 0.6)}
+                pretrain.save_tables(folder, **(dict(before=table) if name != "pretrain" else {}), after=table)
+        _, printed = quiet(analyze.main, ["all", "--runs", "runs"])
+        self.assertIn("| alpha 3 | 1 | 50.0 | 0.4000 | 0.200000 | 75.0 |", printed)
+        for name in ("controls", "curves", "critical", "drift", "frontier"):
+            self.assertTrue(os.path.exists(f"out/figures/default/{name}.png"), name)
+        with self.assertRaisesRegex(pretrain.UserError, "^no runs in nowhere"):
+            analyze.main(["all", "--runs", "nowhere"])
+        pretrain.write_file("runs/default/a3/settings.json", b'{"alpha": 3, "seed": 0, "lr": 1}')
+        with self.assertRaisesRegex(pretrain.UserError, "more than alpha"):
+            analyze.main(["alpha", "runs/default/a0", "runs/default/a3"])
+
     def test_speed(self):
         """Every row is there; the count of operations, worked out by hand."""
         config = GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=1, n_embd=2)
