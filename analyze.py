@@ -407,7 +407,8 @@ def compare(args):
         finals, areas = ([100 * member[i] for member in members] for i in (2, 3))
         episodes = [member[4] for member in members if member[4] == member[4]]
         difference = paired({member[0]: 100 * member[2] for member in members}, {k: 100 * x for k, x in first.items()})
-        spread = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(difference)) if len(difference) > 1 else ""
+        known = len(difference) > 1 and bars  # the first is not compared with itself
+        spread = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(difference)) if known else ""
         bars.append((label, members[0][1], *bootstrap(finals), np.mean(areas)))
         print("| {} | {} | {:.1f} [{:.1f}, {:.1f}] | {} | {:.1f} | {} of {} | {} |".format(
             label, len(members), *bars[-1][2:5], spread, bars[-1][5], len(episodes), len(members),

@@ -1206,7 +1206,7 @@ class Analyze(unittest.TestCase):
             pretrain.save_tables(folder, before=table, after=table)
         for verb in ("alpha", "controls"):
             _, printed = quiet(analyze.main, [verb, "a0s1", "a0s2", "a100s1", "a100s2"])
-            self.assertIn("| alpha 0 | 2 | 60.0 [50.0, 70.0] | +0.0 [+0.0, +0.0] | 60.0 | 2 of 2 | 20 |", printed)
+            self.assertIn("| alpha 0 | 2 | 60.0 [50.0, 70.0] |  | 60.0 | 2 of 2 | 20 |", printed)
             self.assertIn("| alpha 100 | 2 | 90.0 [90.0, 90.0] | +30.0 [+20.0, +40.0] | 60.0 | 2 of 2 | 20 |", printed)
             self.assertTrue(os.path.exists(f"out/figures/{verb}.png"))
 
