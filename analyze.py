@@ -446,6 +446,7 @@ def frontier(args):
             axis.scatter(last[name], learned, marker="osv^DX*P"[i % 8], color=f"C{i}", edgecolor="0.2", label=label)
     axes[0].set(xlabel=PANELS["kl"], ylabel="final accuracy on varying N+k (%)", ylim=(0, 103))
     axes[1].set(xlabel=PANELS["ce_old"], xscale="log")
+    axes[1].xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())  # the labels between the powers overlap
     axes[1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     save_figure(figure, args.out, "frontier.png")
