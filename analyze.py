@@ -336,8 +336,9 @@ def accuracy_rows(runs):
             for cell in tables[0] if tables else ():
                 mean, low, high = bootstrap([x[cell][0] for x in tables]) if len(tables) > 1 else tables[0][cell]
                 cells.append(f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
-            if when == "before" and cells and cells != began:
-                began = cells
+            means = [cell.split()[0] for cell in cells]
+            if when == "before" and cells and means != began:
+                began = means
                 rows.append(["before", str(len(members)), *cells, ""])
         kl = f"{np.mean([log['kl'][-1] for _, log in members]):.4f}" if "kl" in members[0][1] else ""
         rows.append([name, str(len(members)), *cells, kl])
