@@ -455,7 +455,7 @@ def frontier(args):
 
 # --------------------------------------------------------------------------- all
 COMPARED = ("accuracy", "controls", "curves", "critical", "drift", "frontier")
-ALL = {"pretrain": ("accuracy",), "settings": ("accuracy",), "default": COMPARED, "kl_coef1": COMPARED}
+ALL = {"pretrain": ("accuracy",), "settings": ("accuracy",), "default": COMPARED}
 
 
 def everything(args):
