@@ -1616,7 +1616,9 @@ class Survives(unittest.TestCase):
             (pretrain, self.PRETRAIN, "sample_problems"), (ppo, self.PPO, "sample_problems"),
             (analyze, ["tokens", "p/model.pt"], "sample_problems"), (analyze, ["errors", "p/model.pt"], "sample_problems"),
             (analyze, ["speed"], "product_rate"),
-            (analyze, ["curves", "p"], "load_run"), (analyze, ["critical", "p"], "load_run"),
+            (analyze, ["certainty", "p/model.pt"], "sample_problems"), (analyze, ["all"], "load_finished"),
+            *((analyze, [verb, "p"], "load_run") for verb in ("curves", "critical", "drift")),
+            *((analyze, [verb, "p"], "load_finished") for verb in ("frontier", "alpha", "controls")),
         ):  # fmt: skip
             with self.assertRaises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as helptext:
                 script.main([*base[: 1 if script is analyze else 0], "--help"])
