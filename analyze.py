@@ -494,7 +494,8 @@ def product_rate(config, B, T, dtype, device, repeats):
     C, H = config.n_embd, config.n_head
     shapes = [((B * T, C), (C, 3 * C)), ((B * T, C), (C, C)), ((B * T, C), (C, 4 * C)), ((B * T, 4 * C), (4 * C, C)),
               ((B * H, T, C // H), (B * H, C // H, T)), ((B * H, T, T), (B * H, T, C // H))]
-    pairs = [[torch.randn(shape, device=device, dtype=dtype) for shape in pair] for pair in shapes]
+    rng = torch.Generator(device).manual_seed(0)  # not ones: a GPU multiplies these faster
+    pairs = [[torch.randn(shape, generator=rng, device=device, dtype=dtype) for shape in pair] for pair in shapes]
     seconds = clock(lambda: [a @ b for a, b in pairs], device, 4 * repeats)
     return sum(2 * a.numel() * b.shape[-1] for a, b in pairs) / seconds
 
@@ -508,7 +509,7 @@ class Work:
         self.args = ppo.parse_args("--temperature 0.001 --lr 0 --value_lr 0".split())
         self.reference = GPT(config, torch.Generator().manual_seed(0)).to(device).requires_grad_(False)
         self.policy = copy.deepcopy(self.reference).requires_grad_(True)
-        self.head = ppo.ValueHead(config.n_embd).to(device)
+        self.head = ppo.ValueHead(config.n_embd, torch.Generator().manual_seed(0)).to(device)
         self.adam = torch.optim.Adam([*self.policy.parameters(), *self.head.parameters()], lr=0.0)
         self.optimizers = pretrain.make_optimizers(self.policy, 0.0)
         self.batches = list(itertools.islice(pretrain.pretrain_batches(n_digits, 8, config.block_size, 0, device), 8))
