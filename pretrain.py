@@ -10,6 +10,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import errno
 import io
 import itertools
 import json
@@ -115,6 +116,8 @@ def to_sample(model):
 def make_folder(folder):
     try:
         os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK):  # found now, not after minutes of training
+            raise PermissionError(errno.EACCES, "it is read-only")
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder with --out") from None
 
