@@ -345,16 +345,21 @@ def accuracy_rows(runs):
     return rows
 
 
-def load_finished(folders):
-    """Folders of finished runs -> [(settings, (accuracies.json, log))], each folder once."""
+def load_finished(folders, columns=()):
+    """Folders of finished runs, of one script -> [(settings, (accuracies.json, log))]; their logs need the columns."""
     runs = []
     for folder in dict.fromkeys(folders):
         settings, log = load_run(folder)
         try:
             with open(os.path.join(folder, "accuracies.json")) as f:
-                runs.append((settings, (json.load(f), log)))
-        except (OSError, ValueError) as error:
+                tables = dict(json.load(f))
+            if set(tables["after"]) != set(runs[0][1][0]["after"] if runs else tables["after"]):
+                raise UserError(f"{folder} has other tables than {folders[0]}; give runs of one script and one N")
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{folder} is not the folder of a finished run ({error}); run its command again") from None
+        if not set(columns) <= set(log):
+            raise UserError(f"{folder} is not a run of ppo.py: its log has no {', '.join(columns)}; leave it out")
+        runs.append((settings, (tables, log)))
     return runs
 
 
@@ -391,11 +396,12 @@ def paired(these, those):
 def compare(args):
     """alpha and controls: a table of settings, each against the first, paired by seed, and its picture."""
     runs = []
-    for settings, (tables, log) in load_finished(args.runs):
-        if "before" not in tables or np.isnan(log["greedy_nk"]).sum() > len(log["greedy_nk"]) - 2:
-            raise UserError(f"{args.verb} compares runs of ppo.py with two evaluations or more; leave the others out")
+    for settings, (tables, log) in load_finished(args.runs, ("episodes", "greedy_nk")):
+        if (~np.isnan(log["greedy_nk"])).sum() < 2:
+            raise UserError(f"{args.verb} compares runs with two evaluations or more; leave the others out")
         seeds = tuple(str(settings.get(name)) for name in sorted(SEEDS))
-        runs.append((settings, (seeds, settings["alpha"], *outcome(tables, log))))
+        final, area, episodes = outcome(tables, log)
+        runs.append((settings, (seeds, settings["alpha"], 100 * final, 100 * area, episodes)))
     if args.verb == "alpha" and any(settings | dict(alpha=0) | dict.fromkeys(SEEDS) != runs[0][0] | dict(alpha=0)
                                     | dict.fromkeys(SEEDS) for settings, _ in runs):
         raise UserError("these runs differ in more than alpha and the seeds; use controls, or leave some out")
@@ -405,9 +411,9 @@ def compare(args):
           "| reached 80% | after episodes |\n|---|---|---|---|---|---|---|")
     bars = []  # (label, alpha, final, low, high, area)
     for label, members in groups.items():
-        finals, areas = ([100 * member[i] for member in members] for i in (2, 3))
+        finals, areas = ([member[i] for member in members] for i in (2, 3))
         episodes = [member[4] for member in members if member[4] == member[4]]
-        difference = paired({member[0]: 100 * member[2] for member in members}, {k: 100 * x for k, x in first.items()})
+        difference = paired({member[0]: member[2] for member in members}, first)
         known = len(difference) > 1 and bars  # the first is not compared with itself
         spread = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(difference)) if known else ""
         bars.append((label, members[0][1], *bootstrap(finals), np.mean(areas)))
@@ -435,10 +441,11 @@ def compare(args):
 # --------------------------------------------------------------------------- frontier
 def frontier(args):
     """What was learned against what it cost: a point a run, the lower right corner is where nobody wants to be."""
+    groups = group_runs(load_finished(args.runs, ("kl", "ce_old", "sampled_n")))
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
     print("| setting | runs | final accuracy on varying N+k, % | KL | cross-entropy on 1..N | sampled on N, % |\n"
           "|---|---|---|---|---|---|")
-    for i, (label, members) in enumerate(group_runs(load_finished(args.runs)).items()):
+    for i, (label, members) in enumerate(groups.items()):
         learned = [100 * list(tables["after"].values())[-1][0] for tables, _ in members]
         last = {name: [log[name][-1] for _, log in members] for name in ("kl", "ce_old", "sampled_n")}
         print(f"| {label} | {len(members)} | {np.mean(learned):.1f} | {np.mean(last['kl']):.4f} | "

@@ -1227,6 +1227,16 @@ class Analyze(unittest.TestCase):
         self.assertIn("| alpha 3 | 1 | 50.0 | 0.4000 | 0.200000 | 75.0 |", printed)
         for name in ("controls", "curves", "critical", "drift", "frontier"):
             self.assertTrue(os.path.exists(f"out/figures/default/{name}.png"), name)
+        for verb in ("alpha", "controls", "frontier"):
+            pretrain.write_file("runs/pretrain/a0/log.csv", b"step,loss\n1,2\n")
+            with self.assertRaisesRegex(pretrain.UserError, "^runs/pretrain/a0 is not a run of ppo.py"):
+                analyze.main([verb, "runs/default/a0", "runs/pretrain/a0"])
+        pretrain.save_tables("runs/pretrain/a0", after={("varying", 3): (0.5, 0.4, 0.6)})
+        with self.assertRaisesRegex(pretrain.UserError, "other tables"):
+            analyze.main(["accuracy", "runs/default/a0", "runs/pretrain/a0"])
+        pretrain.write_file("runs/pretrain/a0/accuracies.json", b"[1]")
+        with self.assertRaisesRegex(pretrain.UserError, "not the folder of a finished run"):
+            analyze.main(["accuracy", "runs/pretrain/a0"])
         with self.assertRaisesRegex(pretrain.UserError, "^no runs in nowhere"):
             analyze.main(["all", "--runs", "nowhere"])
         pretrain.write_file("runs/default/a3/settings.json", b'{"alpha": 3, "seed": 0, "lr": 1}')
