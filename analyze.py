@@ -7,17 +7,20 @@
     python analyze.py critical, drift                                 the same for critical tokens (Figure 7), for KL and N
     python analyze.py accuracy out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  Tables 4 and 5: what was learned?
     python analyze.py alpha, controls, frontier                       settings over seeds: Figure 6; paired; at what cost
+    python analyze.py sweep out/alpha alpha=0,3 pretrain_seed=0,1,2   runs of ppo.py for all combinations
     python analyze.py all                                             all of these from the logs in assets/runs
     python analyze.py speed                                           how fast is it here, and how fast could it be?
 
 Pictures go to out/figures.
 """
+import argparse
 import copy
 import csv
 import glob
 import itertools
 import json
 import os
+import subprocess
 import sys
 import time
 
@@ -460,6 +463,76 @@ def frontier(args):
     save_figure(figure, args.out, "frontier.png")
 
 
+# --------------------------------------------------------------------------- sweep
+def grid(text):
+    """An argparse type: "alpha=0,3" -> ("alpha", ["0", "3"])."""
+    name, _, values = text.partition("=")
+    if name in ("", "out") or not values:  # the folders' names are the sweep's own
+        raise argparse.ArgumentTypeError(f"{text!r} is not like alpha=0,3")
+    return name.lstrip("-"), values.split(",")
+
+
+def count_rows(folder):
+    """Rows in the log of a run that may not have begun."""
+    try:
+        with open(os.path.join(folder, "log.csv")) as f:
+            return sum(1 for _ in f) - 1
+    except FileNotFoundError:
+        return 0
+
+
+def run_all(script, runs, finished, jobs):
+    """Run the script with each of {folder: (options, rows its log will have)}, `jobs` side by side, one thread each.
+
+    Folders that hold the file `finished` are skipped; what a run prints goes to output.txt in its folder. Returns the
+    folders of those that failed. Interrupted, it stops its runs; each goes on from there when it is started again.
+    """
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
+    waiting = [folder for folder in runs if not os.path.exists(os.path.join(folder, finished))]
+    running, failed = {}, []
+    done = sum(count_rows(folder) for folder in runs)
+    bar = tqdm(total=sum(rows for _, rows in runs.values()), initial=done, desc=os.path.basename(script), unit="row",
+               mininterval=1, dynamic_ncols=True)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                folder = waiting.pop(0)
+                pretrain.make_folder(folder)
+                with open(os.path.join(folder, "output.txt"), "w") as output:
+                    running[folder] = subprocess.Popen([sys.executable, script, *runs[folder][0]], stdout=output,
+                                                       stderr=output, env=os.environ | dict(OMP_NUM_THREADS="1"))
+            time.sleep(0.2)
+            for folder in [folder for folder, process in running.items() if process.poll() is not None]:
+                failed += [folder] if running.pop(folder).returncode else []
+            bar.set_postfix_str(f"{len(running)} running, {len(waiting)} to come, {len(failed)} failed", refresh=False)
+            bar.update(sum(count_rows(folder) for folder in runs) - bar.n)
+    finally:
+        bar.close()
+        for process in running.values():
+            process.terminate()
+    return failed
+
+
+def sweep(args):
+    """ppo.py for each combination of the values, and pretrain.py first for the models that they need."""
+    models, runs = {}, {}  # folder: (options, rows of its log)
+    for values in itertools.product(*[values for _, values in args.grid]):
+        chosen = {name: value for (name, _), value in zip(args.grid, values)}
+        folder = "_".join(name + value.replace(os.sep, "-") for name, value in chosen.items())
+        folder = os.path.join(args.folder, folder)
+        options = [x for name, value in chosen.items() for x in (f"--{name}", value)] + ["--out", folder]
+        settings = ppo.parse_args(options)  # what is wrong with them is said now
+        runs[folder] = options, settings.iterations + 1
+        if not settings.checkpoint:
+            options = ppo.pretrain_options(settings)
+            model = pretrain.parse_args(options)
+            models[model.out] = options, -(-model.steps // 100)
+    failed = run_all("pretrain.py", models, "model.pt", args.jobs) or run_all("ppo.py", runs, "accuracies.json", args.jobs)
+    if failed:
+        raise UserError(f"{len(failed)} of the runs failed; {failed[0]}/output.txt says why; the same command takes them up")
+    print(f"all {len(runs)} runs are in {args.folder}; compare them: python analyze.py controls {args.folder}/*")
+
+
 # --------------------------------------------------------------------------- all
 COMPARED = ("accuracy", "controls", "curves", "critical", "drift", "frontier")
 ALL = {"pretrain": ("accuracy",), "settings": ("accuracy",), "default": COMPARED}
@@ -662,6 +735,12 @@ def main(argv=None):
     verb = verbs.add_parser("frontier", help="what was learned against what it cost, a point a run")
     verb.add_argument("runs", nargs="+", help="folders of finished runs of ppo.py")
     verb.set_defaults(run=frontier)
+
+    verb = verbs.add_parser("sweep", help="many runs of ppo.py: all combinations of settings; goes on where it was")
+    verb.add_argument("folder", help="for the runs, each in a folder of its own")
+    verb.add_argument("grid", nargs="+", type=grid, metavar="OPTION=VALUE,...", help="such as alpha=0,3 pretrain_seed=0,1,2")
+    verb.add_argument("--jobs", type=pretrain.COUNT, default=2, help="runs side by side, of one thread each: one a core")
+    verb.set_defaults(run=sweep)
 
     verb = verbs.add_parser("all", help="all tables and figures from the logs under a folder")
     verb.add_argument("--runs", default="assets/runs", help="the folder of the sets of runs: " + ", ".join(ALL))

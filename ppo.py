@@ -325,15 +325,21 @@ def parse_args(argv):
     return args
 
 
+def pretrain_options(args):
+    """The options of the pretrain.py that makes the model which these settings begin with."""
+    block = pretrain.block_for(args.digits + args.extra_digits, args.task)
+    options = dict(digits=args.digits, task=args.task, preset=args.preset, seed=args.pretrain_seed, device=args.device,
+                   **dict(block_size=block) if args.extra_digits > 1 else {})
+    return [x for name, value in options.items() for x in (f"--{name}", str(value))]
+
+
 def main(argv=None):
     # 1. Settings, and the pre-trained model: where the policy starts and, frozen, the reference.
     args = parse_args(argv)
     device = pretrain.get_device(args.device)
     n, k, long = args.digits, args.extra_digits, args.digits + args.extra_digits
     if not args.checkpoint:
-        settings = ["--digits", str(n), "--task", args.task, "--preset", args.preset, "--seed", str(args.pretrain_seed)]
-        settings += ["--device", args.device]
-        settings += ["--block_size", str(pretrain.block_for(long, args.task))] if k > 1 else []
+        settings = pretrain_options(args)
         args.checkpoint = pretrain.parse_args(settings).out + "/model.pt"
         if not os.path.exists(args.checkpoint):
             print(f"no pre-trained model at {args.checkpoint}: pre-training first")

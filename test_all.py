@@ -1411,6 +1411,27 @@ class Scripts(unittest.TestCase):
         self.assertNotEqual(results["a"][0], results["other model"][0])
         self.assertNotEqual(results["a"][0], results["other rl"][0])
 
+    def test_sweep(self):
+        """Two settings by two models: a broken run is named, the same command goes on, finished runs are left alone."""
+        self.save("m0.pt", block_size=192)
+        options = "sweep s checkpoint=m0.pt,m1.pt alpha=0,3 digits=1 iterations=1 episodes=2 eval_problems=2 final_problems=2 device=cpu"
+        folders = [f"s/checkpointm{m}.pt_alpha{a}_digits1_iterations1_episodes2_eval_problems2_final_problems2_devicecpu"
+                   for m in (0, 1) for a in (0, 3)]
+        self.fails(analyze, options.split(), "2 of the runs failed", folders[2] + "/output.txt")
+        self.assertEqual(sorted(os.listdir("s")), [os.path.basename(folder) for folder in folders])
+        with open(folders[2] + "/output.txt") as f:
+            self.assertIn("cannot read m1.pt", f.read())
+        finished = [os.stat(folder + "/output.txt").st_mtime_ns for folder in folders[:2]]
+        self.save("m1.pt", block_size=192)
+        _, printed = quiet(analyze.main, options.split())
+        self.assertIn("all 4 runs are in s;", printed)
+        self.assertEqual([os.stat(folder + "/output.txt").st_mtime_ns for folder in folders[:2]], finished)
+        settings = [analyze.load_finished([folder])[0][0] for folder in folders]
+        self.assertEqual([x["alpha"] for x in settings], [0, 3, 0, 3])
+        for wrong in ("alpha", "alpha=", "alpha=-1", "alhpa=3", "out=x"):
+            self.fails(analyze, ["sweep", "t", wrong], "")
+        self.assertFalse(os.path.exists("t"))
+
     def test_end_to_end(self):
         """Pre-training that really learns 1-digit addition, then PPO on 2 digits, then the figures of both."""
         _, printed = quiet(
