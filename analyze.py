@@ -377,18 +377,17 @@ def accuracy(args):
 def outcome(tables, log, level=0.8):
     """A run of ppo.py -> its final accuracy on varying N+k, the area under its curve, its episodes to the level.
 
-    The curve is greedy_nk over the episodes; the area is its mean height, 0 to 1; between evaluations it is a straight
-    line, and the episodes are nan if it never reaches the level.
+    The area is that of the success rate in training over the iterations: its mean, 0 to 1. The level is one of greedy_nk,
+    which is a straight line between evaluations; the episodes are nan if it never gets there.
     """
     known = ~np.isnan(log["greedy_nk"])
     x, y = log["episodes"][known], log["greedy_nk"][known]
-    area = ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0])
     i = int((y >= level).argmax())  # the first, or 0 if there is none
     if y[i] < level:
         episodes = np.nan
     else:
         episodes = x[0] if i == 0 else x[i - 1] + (level - y[i - 1]) / (y[i] - y[i - 1]) * (x[i] - x[i - 1])
-    return list(tables["after"].values())[-1][0], area, episodes
+    return list(tables["after"].values())[-1][0], np.nanmean(log["success"]), episodes
 
 
 def paired(these, those):
@@ -399,9 +398,9 @@ def paired(these, those):
 def compare(args):
     """alpha and controls: a table of settings, each against the first, paired by seed, and its picture."""
     runs = []
-    for settings, (tables, log) in load_finished(args.runs, ("episodes", "greedy_nk")):
-        if (~np.isnan(log["greedy_nk"])).sum() < 2:
-            raise UserError(f"{args.verb} compares runs with two evaluations or more; leave the others out")
+    for settings, (tables, log) in load_finished(args.runs, ("episodes", "greedy_nk", "success")):
+        if len(log["success"]) < 2:
+            raise UserError(f"{args.verb} compares runs with one iteration or more; leave the others out")
         seeds = tuple(str(settings.get(name)) for name in sorted(SEEDS))
         final, area, episodes = outcome(tables, log)
         runs.append((settings, (seeds, settings["alpha"], 100 * final, 100 * area, episodes)))
@@ -409,27 +408,29 @@ def compare(args):
                                     | dict.fromkeys(SEEDS) for settings, _ in runs):
         raise UserError("these runs differ in more than alpha and the seeds; use controls, or leave some out")
     groups = group_runs(runs)
-    first = {seeds: final for seeds, _, final, _, _ in next(iter(groups.values()))}
-    print("| setting | runs | final accuracy on varying N+k, % | minus the first's, paired | area under the curve, % "
-          "| reached 80% | after episodes |\n|---|---|---|---|---|---|---|")
+    first = next(iter(groups.values()))
+    print("| setting | runs | final accuracy on varying N+k, % | minus the first's | success in training, mean, % "
+          "| minus the first's | reached 80% | after episodes |\n|---|---|---|---|---|---|---|---|")
     bars = []  # (label, alpha, final, low, high, area)
     for label, members in groups.items():
         finals, areas = ([member[i] for member in members] for i in (2, 3))
         episodes = [member[4] for member in members if member[4] == member[4]]
-        difference = paired({member[0]: member[2] for member in members}, first)
-        known = len(difference) > 1 and bars  # the first is not compared with itself
-        spread = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(difference)) if known else ""
+        differences = []  # of the final accuracy and of the area; the first setting is not compared with itself
+        for i in (2, 3):
+            pairs = paired({member[0]: member[i] for member in members}, {member[0]: member[i] for member in first})
+            known = len(pairs) > 1 and members is not first
+            differences.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(pairs)) if known else "")
         bars.append((label, members[0][1], *bootstrap(finals), np.mean(areas)))
-        print("| {} | {} | {:.1f} [{:.1f}, {:.1f}] | {} | {:.1f} | {} of {} | {} |".format(
-            label, len(members), *bars[-1][2:5], spread, bars[-1][5], len(episodes), len(members),
-            f"{np.mean(episodes):,.0f}" if episodes else ""))
+        print("| {} | {} | {:.1f} [{:.1f}, {:.1f}] | {} | {:.1f} | {} | {} of {} | {} |".format(
+            label, len(members), *bars[-1][2:5], differences[0], bars[-1][5], differences[1], len(episodes),
+            len(members), f"{np.mean(episodes):,.0f}" if episodes else ""))
     labels, alphas, final, low, high, area = zip(*bars)
     figure, axis = plt.subplots(figsize=(4.5, 3.2))
     errors = np.array([np.subtract(final, low), np.subtract(high, final)])
     if args.verb == "alpha":
         order = np.argsort(alphas)
         axis.errorbar(np.array(alphas)[order], np.array(final)[order], errors[:, order], fmt="o-", capsize=3, label="final")
-        axis.plot(np.array(alphas)[order], np.array(area)[order], "s--", label="area under the curve")
+        axis.plot(np.array(alphas)[order], np.array(area)[order], "s--", label="mean success in training")
         axis.set_xscale("symlog", linthresh=1)
         axis.set(xlabel="alpha (0 = standard KL)", ylabel="accuracy on varying N+k (%)", ylim=(0, 103))
         axis.legend(frameon=False)

@@ -1186,10 +1186,11 @@ class Analyze(unittest.TestCase):
     def test_compare_by_hand(self):
         """Made-up runs: greedy_nk 0.2, nan, 0.6, 1.0 at 0, 10, 20, 40 episodes, and final accuracies by seed."""
         log = dict(episodes=np.array([0.0, 10, 20, 40]), greedy_nk=np.array([0.2, np.nan, 0.6, 1.0]))
+        log["success"] = np.array([np.nan, 0.2, 0.4, 0.9])
         tables = dict(after={"varying 5": [1.0, 1, 1], "varying 6": [0.7, 0.6, 0.8]})
         final, area, episodes = analyze.outcome(tables, log)
         self.assertEqual(final, 0.7)
-        self.assertAlmostEqual(area, (0.4 * 20 + 0.8 * 20) / 40)  # two trapezia
+        self.assertAlmostEqual(area, 0.5)
         self.assertAlmostEqual(episodes, 30)  # half-way from 0.6 at 20 to 1.0 at 40
         log["greedy_nk"] = np.array([0.2, np.nan, 0.6, 0.7])
         self.assertTrue(np.isnan(analyze.outcome(tables, log)[2]), "never reached")
@@ -1201,13 +1202,14 @@ class Analyze(unittest.TestCase):
             folder = f"a{alpha}s{seed}"
             os.mkdir(folder)
             pretrain.write_file(f"{folder}/settings.json", json.dumps(dict(alpha=alpha, seed=seed)).encode())
-            pretrain.write_file(f"{folder}/log.csv", b"iteration,episodes,greedy_nk\n0,0,0.4\n1,10,\n2,20,0.8\n")
+            pretrain.write_file(f"{folder}/log.csv", f"iteration,episodes,success,greedy_nk\n0,0,,0.4\n1,10,0.{alpha}1,\n2,20,0.{seed},0.8\n".encode())
             table = {("varying", 6): (final, final, final)}
             pretrain.save_tables(folder, before=table, after=table)
         for verb in ("alpha", "controls"):
             _, printed = quiet(analyze.main, [verb, "a0s1", "a0s2", "a100s1", "a100s2"])
-            self.assertIn("| alpha 0 | 2 | 60.0 [50.0, 70.0] |  | 60.0 | 2 of 2 | 20 |", printed)
-            self.assertIn("| alpha 100 | 2 | 90.0 [90.0, 90.0] | +30.0 [+20.0, +40.0] | 60.0 | 2 of 2 | 20 |", printed)
+            self.assertIn("| alpha 0 | 2 | 60.0 [50.0, 70.0] |  | 8.0 |  | 2 of 2 | 20 |", printed)
+            row = "| alpha 100 | 2 | 90.0 [90.0, 90.0] | +30.0 [+20.0, +40.0] | 12.5 | +4.5 [+4.5, +4.5] | 2 of 2 | 20 |"
+            self.assertIn(row, printed)  # (0.01 + 0.1) / 2 and (0.01 + 0.2) / 2; (0.1001 + 0.1) / 2 and (0.1001 + 0.2) / 2
             self.assertTrue(os.path.exists(f"out/figures/{verb}.png"))
 
     def test_all_and_frontier(self):
