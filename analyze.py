@@ -535,19 +535,27 @@ def sweep(args):
 
 
 # --------------------------------------------------------------------------- all
-COMPARED = ("accuracy", "controls", "curves", "critical", "drift", "frontier")
-ALL = {"pretrain": ("accuracy",), "settings": ("accuracy",), "default": COMPARED}
+ALL = {  # runs under assets/runs: what is made of them
+    "pretrain/*": ("accuracy",),
+    "settings/*": ("accuracy",),
+    "results/*": ("accuracy", "controls", "frontier"),
+    "results/alpha*": ("alpha",),
+    "results/[an]*": ("curves", "critical", "drift"),  # of the controls no penalty alone, for fewer lines
+    "slow/*": ("accuracy", "controls", "curves", "critical", "drift", "frontier"),
+}
 
 
 def everything(args):
-    """The tables and figures that need no checkpoint, from the runs that the README tells of: {folder: verbs}."""
-    for name, shown in ALL.items():
-        runs = sorted(glob.glob(os.path.join(args.runs, name, "*")))
+    """The tables and figures that need no checkpoint, from the runs that the README tells of."""
+    for pattern, shown in ALL.items():
+        pattern = os.path.join(args.runs, pattern)
+        runs = sorted(glob.glob(pattern))
         if not runs:
-            raise UserError(f"no runs in {os.path.join(args.runs, name)}; give the folder that holds it with --runs")
+            raise UserError(f"no runs are {pattern}; give the folder of the README's runs with --runs")
         for verb in shown:
-            print(f"\n{verb}: the runs of {os.path.join(args.runs, name)}")
-            main([verb, *runs, *(["--out", os.path.join(args.out, name)] if verb != "accuracy" else [])])
+            print(f"\npython analyze.py {verb} {pattern}")
+            out = os.path.join(args.out, os.path.basename(os.path.dirname(pattern)))
+            main([verb, *runs, *(["--out", out] if verb != "accuracy" else [])])
 
 
 # --------------------------------------------------------------------------- speed
@@ -744,7 +752,7 @@ def main(argv=None):
     verb.set_defaults(run=sweep)
 
     verb = verbs.add_parser("all", help="all tables and figures from the logs under a folder")
-    verb.add_argument("--runs", default="assets/runs", help="the folder of the sets of runs: " + ", ".join(ALL))
+    verb.add_argument("--runs", default="assets/runs", help="the folder that holds them, sets as " + ", ".join(ALL))
     verb.set_defaults(run=everything)
 
     verb = verbs.add_parser("accuracy", help="final accuracies of runs, a row a setting (Tables 4, 5)")
