@@ -173,7 +173,7 @@ def rollout(policy, value_head, reference, pairs, args, seed):
 def update(policy, value_head, optimizer, batch, args, generator, when="this update"):
     """Epochs of minibatches over one batch of episodes -> {name: mean over all minibatches and answer tokens}.
 
-    --epochs 1 --minibatches 1 is A2C, the paper's algorithm: one gradient step, at the policy that acted.
+    The default, one epoch of one minibatch, is A2C, the paper's algorithm: one gradient step, at the policy that acted.
     A figure that is nan or infinite stops the run, before it gets into the weights; `when` is for that message.
     """
     mask = batch["mask"]
@@ -286,7 +286,7 @@ def parse_args(argv):
     ap = Parser(description="Fine-tune a pre-trained model with PPO on additions of N+k digits.")
     add, positive, rate, share = ap.add_argument, within(float, 0, 1e9), within(float, 0, 1e3), within(float, 0, 1)
     add("--alpha", type=positive, default=3.0, help="certainty exponent (the paper's beta); 0 = standard KL")
-    add("--kl_coef", type=positive, default=0.3, help="coefficient of the KL penalty (the paper's alpha); 0 = none")
+    add("--kl_coef", type=positive, default=0.1, help="coefficient of the KL penalty (the paper's alpha); 0 = none")
     add("--kl_weight", choices=("certainty", "matched", "shuffled", "mask"), default="certainty",
         help="certainty^alpha, or a control: its mean for all tokens; dealt out at random; 0 where certainty is low")
     add("--mask_below", type=share, default=0.9, help="the certainty below which --kl_weight mask sets tokens free")
@@ -296,10 +296,10 @@ def parse_args(argv):
     add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")
     add("--checkpoint", default="", help="pre-trained model (default: that of pretrain.py's settings%(default)s)")
     add("--pretrain_seed", type=SEED, default=0, help="seed of the default pre-trained model")
-    add("--iterations", type=within(int, 0, 10**9), default=40, help="of rollout and update")
+    add("--iterations", type=within(int, 0, 10**9), default=20, help="of rollout and update")
     add("--episodes", type=COUNT, default=64, help="answers a rollout")
-    add("--epochs", type=COUNT, default=1, help="passes over a rollout; 1 with --minibatches 1 is A2C, as in the paper")
-    add("--minibatches", type=COUNT, default=2, help="optimizer steps an epoch, at most one an episode")
+    add("--epochs", type=COUNT, default=1, help="passes over a rollout; 1, of one minibatch, is A2C, as in the paper")
+    add("--minibatches", type=COUNT, default=1, help="optimizer steps an epoch, at most one an episode")
     add("--lr", type=rate, default=1e-4, help="learning rate of the policy (Adam)")
     add("--value_lr", type=rate, default=1e-3, help="learning rate of the critic (Adam)")
     add("--clip", type=rate, default=0.2, help="the ratio new/old probability is clipped to 1 +- this")
@@ -307,7 +307,7 @@ def parse_args(argv):
     add("--gamma", type=share, default=1.0, help="discount")
     add("--gae_lambda", type=share, default=1.0, help="lambda of GAE; 1: the final reward reaches all tokens alike")
     add("--temperature", type=within(float, 1e-3, 1e3), default=1.0, help="of sampling and of all log-probabilities")
-    add("--eval_every", type=COUNT, default=10, help="iterations between evaluations on held-out problems")
+    add("--eval_every", type=COUNT, default=5, help="iterations between evaluations on held-out problems")
     add("--eval_problems", type=COUNT, default=64, help="held-out problems in each of these")
     add("--final_problems", type=COUNT, default=250, help="held-out problems in each cell of the final tables")
     add("--seed", type=SEED, default=0, help="of problems, sampling and minibatches")
