@@ -8,7 +8,7 @@
     python analyze.py accuracy out/ppo_alpha0_seed0 out/ppo_alpha3_seed0  Tables 4 and 5: what was learned?
     python analyze.py alpha, controls, frontier                       settings over seeds: Figure 6; paired; at what cost
     python analyze.py sweep out/alpha alpha=0,3 pretrain_seed=0,1,2   runs of ppo.py for all combinations
-    python analyze.py all                                             all of these from the logs in assets/runs
+    python analyze.py all                                             all that is made of the logs in assets/runs
     python analyze.py speed                                           how fast is it here, and how fast could it be?
 
 Pictures go to out/figures.
@@ -20,6 +20,7 @@ import glob
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -187,7 +188,7 @@ def errors(args):
         ("of the failures, first wrong at a critical token", where[~correct] == "critical"),
         ("P(answer wrong | a critical token is its first wrong one)", ~correct[where == "critical"]),
         ("P(answer wrong | another token is its first wrong one)", ~correct[where == "other"]),
-        ("P(answer wrong | all critical tokens right)", ~correct[where != "critical"]),
+        ("P(answer wrong | no critical token is its first wrong one)", ~correct[where != "critical"]),
     ):
         if len(values):
             mean, low, high = bootstrap(values)
@@ -283,9 +284,12 @@ def group_runs(runs):
     Where more than two settings differ, a label tells only those that are not the first run's.
     """
     first, groups = runs[0][0], {}
-    names = [x for x in first if x not in SEEDS and len({str(settings.get(x)) for settings, _ in runs}) > 1]
+    if len({str(settings) for settings, _ in runs}) < len(runs):
+        raise UserError("two of these runs have the same settings and seeds, so they are no repeats; leave one out")
+    names = [x for x in {x: 0 for settings, _ in runs for x in settings}
+             if x not in SEEDS and len({str(settings.get(x)) for settings, _ in runs}) > 1]
     for settings, what in runs:
-        told = {x: settings.get(x) for x in names if len(names) < 3 or settings.get(x) != first[x]}
+        told = {x: settings.get(x) for x in names if len(names) < 3 or settings.get(x) != first.get(x)}
         label = ", ".join(f"{x} {value:g}" if isinstance(value, float) else f"{x} {value}" for x, value in told.items())
         groups.setdefault(label or ("the first" if names else "all runs"), []).append(what)
     return groups
@@ -356,7 +360,7 @@ def load_finished(folders, columns=()):
         try:
             with open(os.path.join(folder, "accuracies.json")) as f:
                 tables = dict(json.load(f))
-            if set(tables["after"]) != set(runs[0][1][0]["after"] if runs else tables["after"]):
+            if list(tables["after"]) != list(runs[0][1][0]["after"] if runs else tables["after"]):
                 raise UserError(f"{folder} has other tables than {folders[0]}; give runs of one script and one N")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{folder} is not the folder of a finished run ({error}); run its command again") from None
@@ -401,11 +405,11 @@ def compare(args):
     for settings, (tables, log) in load_finished(args.runs, ("episodes", "greedy_nk", "success")):
         if len(log["success"]) < 2:
             raise UserError(f"{args.verb} compares runs with one iteration or more; leave the others out")
-        seeds = tuple(str(settings.get(name)) for name in sorted(SEEDS))
+        seeds = settings.get("checkpoint"), settings["seed"]
         final, area, episodes = outcome(tables, log)
         runs.append((settings, (seeds, settings["alpha"], 100 * final, 100 * area, episodes)))
-    if args.verb == "alpha" and any(settings | dict(alpha=0) | dict.fromkeys(SEEDS) != runs[0][0] | dict(alpha=0)
-                                    | dict.fromkeys(SEEDS) for settings, _ in runs):
+    alike = [settings | dict(alpha=0) | dict.fromkeys(SEEDS) for settings, _ in runs]
+    if args.verb == "alpha" and any(x != alike[0] for x in alike):
         raise UserError("these runs differ in more than alpha and the seeds; use controls, or leave some out")
     groups = group_runs(runs)
     first = next(iter(groups.values()))
@@ -420,13 +424,14 @@ def compare(args):
             pairs = paired({member[0]: member[i] for member in members}, {member[0]: member[i] for member in first})
             known = len(pairs) > 1 and members is not first
             differences.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(pairs)) if known else "")
-        bars.append((label, members[0][1], *bootstrap(finals), np.mean(areas)))
-        print("| {} | {} | {:.1f} [{:.1f}, {:.1f}] | {} | {:.1f} | {} | {} of {} | {} |".format(
-            label, len(members), *bars[-1][2:5], differences[0], bars[-1][5], differences[1], len(episodes),
-            len(members), f"{np.mean(episodes):,.0f}" if episodes else ""))
-    labels, alphas, final, low, high, area = zip(*bars)
+        (final, low, high), area = bootstrap(finals), np.mean(areas)
+        after = f"{np.mean(episodes):,.0f}" if episodes else ""
+        bars.append((label, members[0][1], final, final - low, high - final, area))
+        print(f"| {label} | {len(members)} | {final:.1f} [{low:.1f}, {high:.1f}] | {differences[0]} | {area:.1f} | "
+              f"{differences[1]} | {len(episodes)} of {len(members)} | {after} |")
+    labels, alphas, final, below, above, area = zip(*bars)
     figure, axis = plt.subplots(figsize=(4.5, 3.2))
-    errors = np.array([np.subtract(final, low), np.subtract(high, final)])
+    errors = np.array([below, above])
     if args.verb == "alpha":
         order = np.argsort(alphas)
         axis.errorbar(np.array(alphas)[order], np.array(final)[order], errors[:, order], fmt="o-", capsize=3, label="final")
@@ -470,7 +475,7 @@ def grid(text):
     name, _, values = text.partition("=")
     if name in ("", "out") or not values:  # the folders' names are the sweep's own
         raise argparse.ArgumentTypeError(f"{text!r} is not like alpha=0,3")
-    return name.lstrip("-"), values.split(",")
+    return name, values.split(",")
 
 
 def count_rows(folder):
@@ -500,7 +505,7 @@ def run_all(script, runs, finished, jobs):
                 folder = waiting.pop(0)
                 pretrain.make_folder(folder)
                 with open(os.path.join(folder, "output.txt"), "w") as output:
-                    running[folder] = subprocess.Popen([sys.executable, script, *runs[folder][0]], stdout=output,
+                    running[folder] = subprocess.Popen([sys.executable, "-u", script, *runs[folder][0]], stdout=output,
                                                        stderr=output, env=os.environ | dict(OMP_NUM_THREADS="1"))
             time.sleep(0.2)
             for folder in [folder for folder, process in running.items() if process.poll() is not None]:
@@ -511,20 +516,28 @@ def run_all(script, runs, finished, jobs):
         bar.close()
         for process in running.values():
             process.terminate()
+            process.wait()
     return failed
 
 
 def sweep(args):
     """ppo.py for each combination of the values, and pretrain.py first for the models that they need."""
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a `kill` ends the sweep as Ctrl-C does
     models, runs = {}, {}  # folder: (options, rows of its log)
     for values in itertools.product(*[values for _, values in args.grid]):
         chosen = {name: value for (name, _), value in zip(args.grid, values)}
         folder = "_".join(name + value.replace(os.sep, "-") for name, value in chosen.items())
         folder = os.path.join(args.folder, folder)
         options = [x for name, value in chosen.items() for x in (f"--{name}", value)] + ["--out", folder]
-        settings = ppo.parse_args(options)  # what is wrong with them is said now
+        settings = ppo.parse_args(options)  # a wrong option or value is said now
+        if folder in runs:
+            raise UserError(f"two of the runs would be in {folder}; give each option and value once")
         runs[folder] = options, settings.iterations + 1
-        if not settings.checkpoint:
+        if os.path.exists(os.path.join(folder, "accuracies.json")):
+            for name, value in load_run(folder)[0].items():
+                if name != "checkpoint" and getattr(settings, name, None) != value:
+                    raise UserError(f"{folder} holds a run with {name} {value}; choose another folder for the sweep")
+        elif not settings.checkpoint:
             options = ppo.pretrain_options(settings)
             model = pretrain.parse_args(options)
             models[model.out] = options, -(-model.steps // 100)
@@ -553,15 +566,15 @@ def everything(args):
         if not runs:
             raise UserError(f"no runs are {pattern}; give the folder of the README's runs with --runs")
         for verb in shown:
-            print(f"\npython analyze.py {verb} {pattern}")
-            out = os.path.join(args.out, os.path.basename(os.path.dirname(pattern)))
-            main([verb, *runs, *(["--out", out] if verb != "accuracy" else [])])
+            out = ["--out", os.path.join(args.out, os.path.basename(os.path.dirname(pattern)))] * (verb != "accuracy")
+            print("\npython analyze.py", verb, pattern, *out)
+            main([verb, *runs, *out])
 
 
 # --------------------------------------------------------------------------- speed
 def clock(f, device, repeats):
     """Median seconds of f(), after one call to warm up; a GPU is waited for."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = getattr(torch, device.type).synchronize
     times = []
     for _ in range(repeats + 1):
         wait()
@@ -643,7 +656,7 @@ SIZES = [("batch", 16), ("batch", 64), ("batch", 256), ("batch", 512), ("digits"
 def speed(args):
     device, repeats = pretrain.get_device(args.device), args.repeats
     dtype = torch.bfloat16 if pretrain.has_fast_bfloat16(device) else torch.float32
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} CPU threads"
     print(f"{name}, PyTorch {torch.__version__}, {args.preset} preset, N = {args.digits}; medians of {repeats}\n")
 
     # 1. What the machine can do.
@@ -703,7 +716,7 @@ def speed(args):
 
 
 def peak_memory(device):
-    """The most memory that this process has had, on the GPU if it has one, in bytes; nan where nothing tells."""
+    """The most memory that this process has had, on an NVIDIA GPU if it has one, in bytes; nan where nothing tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
@@ -751,7 +764,7 @@ def main(argv=None):
     verb.add_argument("--jobs", type=pretrain.COUNT, default=2, help="runs side by side, of one thread each: one a core")
     verb.set_defaults(run=sweep)
 
-    verb = verbs.add_parser("all", help="all tables and figures from the logs under a folder")
+    verb = verbs.add_parser("all", help="the tables and figures that need no checkpoint, from the logs under a folder")
     verb.add_argument("--runs", default="assets/runs", help="the folder that holds them, sets as " + ", ".join(ALL))
     verb.set_defaults(run=everything)
 

@@ -174,6 +174,7 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
     """Epochs of minibatches over one batch of episodes -> {name: mean over all minibatches and answer tokens}.
 
     The default, one epoch of one minibatch, is A2C, the paper's algorithm: one gradient step, at the policy that acted.
+    The figures are those of the policy before each step: with one minibatch, of the policy that acted.
     A figure that is nan or infinite stops the run, before it gets into the weights; `when` is for that message.
     """
     mask = batch["mask"]

@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with our one-line errors, and defaults shown in --help."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message}; see --help")
@@ -220,7 +220,7 @@ class Run:
             print(f"going on after step {self.step} of {self.folder}; --fresh starts over")
         elif not getattr(args, "explain", False):  # that one only looks
             make_folder(self.folder)
-            for name in ("state.pt", "log.csv", "model.pt", "accuracies.json") if args.fresh else ():
+            for name in ["accuracies.json"] + ["state.pt", "log.csv", "model.pt"] * args.fresh:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(self.folder, name))
             write_file(os.path.join(self.folder, "settings.json"), json.dumps(self.settings, indent=1).encode())

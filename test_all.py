@@ -1177,6 +1177,12 @@ class Analyze(unittest.TestCase):
         runs = [(dict(alpha=a, seed=s, lr=1), {"x": a}) for a in (0, 3) for s in (0, 1)]
         self.assertEqual({k: len(v) for k, v in analyze.group_runs(runs).items()}, {"alpha 0": 2, "alpha 3": 2})
 
+    def test_a_run_is_no_repeat_of_itself(self):
+        with self.assertRaisesRegex(pretrain.UserError, "leave one out"):
+            analyze.group_runs([(dict(alpha=0, seed=1), "x"), (dict(alpha=0, seed=1), "y")])
+        groups = analyze.group_runs([(dict(alpha=0, seed=1), "x"), (dict(alpha=0, kl_weight="mask", seed=1), "y")])
+        self.assertEqual(groups, {"kl_weight None": ["x"], "kl_weight mask": ["y"]})  # a log older than the option
+
     def test_labels_where_much_differs(self):
         runs = [(dict(a=1, b=0.5, c=3, seed=i), i) for i in range(2)] + [(dict(a=2, b=0.5, c=3, seed=0), 2)]
         runs += [(dict(a=1, b=0.25, c=3, seed=0), 3), (dict(a=1, b=0.5, c=4, seed=0), 4)]
@@ -1430,7 +1436,9 @@ class Scripts(unittest.TestCase):
         self.assertEqual([os.stat(folder + "/output.txt").st_mtime_ns for folder in folders[:2]], finished)
         settings = [analyze.load_finished([folder])[0][0] for folder in folders]
         self.assertEqual([x["alpha"] for x in settings], [0, 3, 0, 3])
-        for wrong in ("alpha", "alpha=", "alpha=-1", "alhpa=3", "out=x"):
+        pretrain.write_file(folders[1] + "/settings.json", json.dumps(settings[1] | dict(lr=0.5)).encode())
+        self.fails(analyze, options.split(), folders[1], "lr 0.5")
+        for wrong in ("alpha", "alpha=", "alpha=-1", "alhpa=3", "alph=3", "out=x", "alpha=3,3"):
             self.fails(analyze, ["sweep", "t", wrong], "")
         self.assertFalse(os.path.exists("t"))
 
