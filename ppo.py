@@ -190,7 +190,10 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
                 all_logp = F.log_softmax(logits, -1)  # (B, T, V)
                 new_logp = token_logp(logits, b["actions"])  # (B, T), as all that follows
                 entropy = -(all_logp.exp() * all_logp).sum(-1)
-                penalty = kl_penalty(new_logp, b, args)
+                # k2 has the KL's gradient over actions of the policy itself; these are the old one's, so each counts
+                # as often as the policy would take it now. In the first minibatch the ratio is 1.
+                ratio = ((new_logp.detach() - b["old_logp"]) * b["mask"]).exp()
+                penalty = ratio * kl_penalty(new_logp, b, args)
                 # The critic's gradient stops here: the loss of a guess made 400 tokens before the reward would
                 # disturb the policy's trunk.
                 value_loss = (value_head(hidden.detach()) - b["returns"]) ** 2 / 2
@@ -200,7 +203,7 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
                 (loss * share).backward()
                 with torch.no_grad():
                     kl = (all_logp.exp() * (all_logp - F.log_softmax(b["ref_logits"], -1))).sum(-1)  # exact
-                    clipped = ((new_logp - b["old_logp"]).exp() - 1).abs() > args.clip
+                    clipped = (ratio - 1).abs() > args.clip
                     for name, x in dict(kl=kl, penalty=penalty, entropy=entropy, clip_fraction=clipped,
                                         value_loss=value_loss, weight=b["weight"]).items():
                         totals[name] = totals.get(name, 0) + share * masked_mean(x, b["mask"])

@@ -761,6 +761,10 @@ class KL(unittest.TestCase):
             gradient((logp.exp().detach() * (logp - ref_logp)).sum()), torch.zeros(40, dtype=torch.double)
         )
         self.assertGreater(exact.abs().max().item(), 0.01)
+        # Drawn from an older policy, as in a second minibatch: only with the ratio, which is not differentiated.
+        old = torch.randn(40, dtype=torch.double).softmax(0)
+        torch.testing.assert_close(gradient((old * (logp.exp() / old).detach() * k2).sum()), exact)
+        self.assertGreater((gradient((old * k2).sum()) - exact).abs().max().item(), 0.01)
 
 
 class Pretrain(unittest.TestCase):
@@ -957,6 +961,10 @@ class PPO(unittest.TestCase):
         for name, x in expected.items():
             self.assertGreater(abs(got[name]), 0.001, name)
             self.assertAlmostEqual(got[name] / x.mean().item(), 1, delta=0.02, msg=name)
+        batch["old_logp"] = batch["old_logp"] - math.log(2)  # actions that the policy takes twice as often by now
+        again = ppo.update(self.policy, self.value_head, self.sgd(), batch, self.args, torch.Generator().manual_seed(0))
+        self.assertAlmostEqual(again["penalty"] / got["penalty"], 2, delta=0.02)
+        self.assertEqual((got["clip_fraction"], again["clip_fraction"]), (0, 1))
         with mock.patch.object(
             ppo, "solve", side_effect=lambda model, pairs, t: (np.array([a / 10 + (t > 0) / 100 for a, _ in pairs]), [])
         ):
