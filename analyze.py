@@ -551,10 +551,12 @@ def sweep(args):
 ALL = {  # runs under assets/runs: what is made of them
     "pretrain/*": ("accuracy",),
     "settings/*": ("accuracy",),
+    "no_ratio/*": ("accuracy",),
+    "default/*": ("accuracy",),
     "results/*": ("accuracy", "controls", "frontier"),
     "results/alpha*": ("alpha",),
     "results/[an]*": ("curves", "critical", "drift"),  # of the controls no penalty alone, for fewer lines
-    "slow/*": ("accuracy", "controls", "curves", "critical", "drift", "frontier"),
+    "coarse/*": ("accuracy",),
 }
 
 
