@@ -498,7 +498,7 @@ def run_all(script, runs, finished, jobs):
     running, failed = {}, []
     done = sum(count_rows(folder) for folder in runs)
     bar = tqdm(total=sum(rows for _, rows in runs.values()), initial=done, desc=os.path.basename(script), unit="row",
-               mininterval=1, dynamic_ncols=True)
+               mininterval=1, dynamic_ncols=True, disable=not waiting)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -522,7 +522,7 @@ def run_all(script, runs, finished, jobs):
 
 def sweep(args):
     """ppo.py for each combination of the values, and pretrain.py first for the models that they need."""
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a `kill` ends the sweep as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a `kill` ends the sweep as Ctrl-C does
     models, runs = {}, {}  # folder: (options, rows of its log)
     for values in itertools.product(*[values for _, values in args.grid]):
         chosen = {name: value for (name, _), value in zip(args.grid, values)}
