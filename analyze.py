@@ -451,7 +451,7 @@ def compare(args):
 def frontier(args):
     """What was learned against what it cost: a point a run, the lower right corner is where nobody wants to be."""
     groups = group_runs(load_finished(args.runs, ("kl", "ce_old", "sampled_n")))
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True)
     print("| setting | runs | final accuracy on varying N+k, % | KL | cross-entropy on 1..N | sampled on N, % |\n"
           "|---|---|---|---|---|---|")
     for i, (label, members) in enumerate(groups.items()):
