@@ -286,7 +286,7 @@ def group_runs(runs):
     first, groups = runs[0][0], {}
     if len({str(settings) for settings, _ in runs}) < len(runs):
         raise UserError("two of these runs have the same settings and seeds, so they are no repeats; leave one out")
-    names = [x for x in {x: 0 for settings, _ in runs for x in settings}
+    names = [x for x in dict.fromkeys(x for settings, _ in runs for x in settings)
              if x not in SEEDS and len({str(settings.get(x)) for settings, _ in runs}) > 1]
     for settings, what in runs:
         told = {x: settings.get(x) for x in names if len(names) < 3 or settings.get(x) != first.get(x)}

@@ -331,9 +331,9 @@ def parse_args(argv):
 
 def pretrain_options(args):
     """The options of the pretrain.py that makes the model which these settings begin with."""
-    block = pretrain.block_for(args.digits + args.extra_digits, args.task)
-    options = dict(digits=args.digits, task=args.task, preset=args.preset, seed=args.pretrain_seed, device=args.device,
-                   **dict(block_size=block) if args.extra_digits > 1 else {})
+    options = dict(digits=args.digits, task=args.task, preset=args.preset, seed=args.pretrain_seed, device=args.device)
+    if args.extra_digits > 1:
+        options["block_size"] = pretrain.block_for(args.digits + args.extra_digits, args.task)
     return [x for name, value in options.items() for x in (f"--{name}", str(value))]
 
 
