@@ -1,8 +1,9 @@
-"""GPT-2 as nanoGPT readers know it, with its parameter names, a value head, and batch generation with a KV cache.
+"""GPT-2 as nanoGPT readers know it, with its parameter names, and batch generation with a KV cache.
 
 B sequences, T tokens, V vocabulary, C embedding width, H attention heads of width D = C / H.
 """
 import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -135,7 +136,7 @@ class GPT(nn.Module):
             return F.linear(hidden, self.lm_head.weight.float()), hidden
 
 
-SLASH, LINE_BREAK = VOCAB.index("/"), VOCAB.index("\n")
+SLASH, LINE_BREAK, UNKNOWN = VOCAB.index("/"), VOCAB.index("\n"), -1
 
 
 def sample(logits, temperature, generator=None):
@@ -148,6 +149,15 @@ def sample(logits, temperature, generator=None):
     return torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)[:, 0]
 
 
+def row_lengths(ids, most):
+    """Where each row of ids (B, T) ends -> (B,): with the second line break after its first "/", or at `most` (B,) tokens.
+
+    "</scratch>", line break, result, line break: that is how an answer ends.
+    """
+    breaks = ((ids == LINE_BREAK) & ((ids == SLASH).cumsum(1) > 0)).cumsum(1)
+    return ((breaks < 2).sum(1) + 1).minimum(most)
+
+
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     """Continue a batch of prompts of different lengths in one pass.
@@ -156,43 +166,75 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
         fed its prompt's next token, the others their own last choice: no padding mask, no grouping by length.
     max_new_tokens: the most tokens to add to a row (fewer where the block ends).
     temperature: of the softmax that is sampled, with `generator`; 0 is greedy.
-    A row ends with the second line break after its first "/": "</scratch>", line break, result, line break.
+    A row ends where row_lengths says; a prompt that holds a whole answer stays as it is.
     Returns ids (B, T) on the model's device, and lengths (B,): row b is ids[b, :lengths[b]], the rest is 0.
     """
     config, device = model.config, model.lm_head.weight.device
     prompt_len = torch.tensor([len(p) for p in prompts])
     longest = int(prompt_len.max())
-    if longest >= config.block_size:
-        raise ValueError(f"a prompt of {longest} tokens leaves no room in the block of {config.block_size}")
+    if longest > config.block_size:
+        raise ValueError(f"a prompt of {longest} tokens does not fit the block of {config.block_size}")
     B, T = len(prompts), min(config.block_size, longest + max_new_tokens)
-    ids = torch.zeros(B, T, dtype=torch.long)
+    ids = torch.full((B, T), UNKNOWN)
     for row, p in zip(ids, prompts):
         row[: len(p)] = torch.tensor(p)
     ids, prompt_len = ids.to(device), prompt_len.to(device)
-    lengths = (prompt_len + max_new_tokens).clamp(max=T)  # until a row ends earlier
-    slash, breaks = (torch.zeros(B, dtype=torch.long, device=device) for _ in range(2))
-    rows = torch.arange(B, device=device)  # those still in the batch
+    most = (prompt_len + max_new_tokens).clamp(max=T)
+    rows = (row_lengths(ids, most) > prompt_len).nonzero()[:, 0]  # those still in the batch
 
-    shape = (config.n_layer, 2, B, config.n_head, T, config.n_embd // config.n_head)
+    shape = (config.n_layer, 2, len(rows), config.n_head, T, config.n_embd // config.n_head)
     cache = torch.zeros(shape, dtype=model.lm_head.weight.dtype, device=device)
-    start, t = 0, int(prompt_len.min())  # the cache holds positions 0 .. start - 1; t is the next position to fill
+    start, t = 0, int(prompt_len[rows].min()) if len(rows) else T  # in the cache: 0 .. start - 1; t is the next to fill
     while t < T:
         logits, _ = model(ids[rows, start:t], cache=cache, start=start)
         choice = sample(logits[:, -1], temperature, generator)
-        own = (t >= prompt_len[rows]) & (t < lengths[rows])
-        ids[rows, t] = torch.where(own, choice, ids[rows, t])
-        # Which rows does this token end?
-        breaks[rows] += (choice == LINE_BREAK) & own & (slash[rows] > 0)
-        slash[rows] += (choice == SLASH) & own
-        lengths[rows] = torch.where(own & (breaks[rows] == 2), t + 1, lengths[rows])
+        ids[rows, t] = torch.where(ids[rows, t] == UNKNOWN, choice, ids[rows, t])
         start, t = t, t + 1
         if t % 16 == 0:  # asking each time would make a GPU wait for the CPU
-            going = lengths[rows] > t
+            going = row_lengths(ids[rows], most[rows]) > t
             if not going.any():
                 break
             if going.sum() < 0.9 * len(rows):  # copying the cache costs less than carrying finished rows along
                 rows, cache = rows[going], cache[:, :, going]
-    return ids[:, :t], lengths
+    lengths = row_lengths(ids, most)
+    T = min(T, math.ceil(int(lengths.max()) / 32) * 32)  # few widths: for each a CPU keeps kernels of its own
+    return ids[:, :T].masked_fill(torch.arange(T, device=device) >= lengths[:, None], 0), lengths
+
+
+def slices(rows, lengths):
+    """Row numbers, shortest first, in slices that fit a CPU's cache or a GPU's memory -> [(rows, T)].
+
+    The slice's tensors need only the first T tokens, the longest row's in whole 32s: little is padding, and there are
+    few shapes, for each of which a CPU keeps kernels of its own. Gradients are summed over the slices.
+    """
+    parts = rows[lengths[rows].argsort(stable=True)].split(8 if rows.device.type == "cpu" else 64)
+    return [(part, math.ceil(int(lengths[part].max()) / 32) * 32) for part in parts]
+
+
+@torch.no_grad()
+def speculate(model, prompts, drafts, temperature=1.0, generator=None):
+    """How far the model itself would write a draft of its answer: speculative decoding (Leviathan et al. 2023).
+
+    It reads prompt and draft in one pass, instead of a pass a token, and chooses a token at each place. Its own text is
+    the draft up to its first other choice, and that choice. Its distribution is that of `generate`, whatever the draft;
+    a good one saves time. prompts, drafts: B lists of ids. Returns B lists: prompt and answer so far, for `generate`.
+    """
+    device = model.lm_head.weight.device
+    written = [(p + draft)[: model.config.block_size] for p, draft in zip(prompts, drafts)]
+    lengths = torch.tensor([len(row) for row in written], device=device)
+    ids = torch.zeros(len(written), int(lengths.max()), dtype=torch.long)
+    for row, text in zip(ids, written):
+        row[: len(text)] = torch.tensor(text)
+    ids = ids.to(device)
+    for rows, T in slices(torch.arange(len(ids), device=device), lengths - 1):
+        logits, _ = model(ids[rows, :T])
+        choices = sample(logits.flatten(0, 1), temperature, generator).view(len(rows), -1).tolist()
+        for i, choice in zip(rows.tolist(), choices):
+            for t in range(len(prompts[i]), len(written[i])):
+                if choice[t - 1] != written[i][t]:
+                    written[i] = written[i][:t] + [choice[t - 1]]
+                    break
+    return written
 
 
 def split_actions(ids, prompt_len, lengths):

@@ -23,9 +23,9 @@ from tqdm import tqdm
 import data
 import pretrain
 from kl import certainty, prioritized_kl
-from model import PRESETS, generate, split_actions
+from model import PRESETS, slices, split_actions
 from pretrain import (COUNT, SEED, Parser, Run, UserError, answer_loss, autocast, bootstrap, check_finite,
-                      sample_problems, solve, to_batch, to_sample, within)
+                      sample_problems, solve, to_batch, to_sample, within, write_answers)
 
 
 # --------------------------------------------------------------------------- the algorithm, as pure functions
@@ -127,25 +127,14 @@ def tempered(model, states, temperature):
     return logits / temperature, hidden
 
 
-def slices(rows, lengths):
-    """Row numbers, shortest first, in slices that fit a CPU's cache or a GPU's memory -> [(rows, T)].
-
-    The slice's tensors need only the first T tokens, the longest row's in whole 32s: little is padding, and there are
-    few shapes, for each of which a CPU keeps kernels of its own. Gradients are summed over the slices.
-    """
-    parts = rows[lengths[rows].argsort(stable=True)].split(8 if rows.device.type == "cpu" else 64)
-    return [(part, math.ceil(int(lengths[part].max()) / 32) * 32) for part in parts]
-
-
 @torch.no_grad()
 def rollout(policy, value_head, reference, pairs, args, seed):
     """Let the policy answer, grade, score each token -> a dict of what `update` needs, (B, T) tensors and others."""
     device = policy.lm_head.weight.device
     # 1. Sample an answer to each problem.
-    prompts = [data.encode(data.prompt(a, b)) for a, b in pairs]
     generator = torch.Generator(device).manual_seed(seed)
-    ids, lengths = generate(to_sample(policy), prompts, policy.config.block_size, args.temperature, generator)
-    states, actions, mask = split_actions(ids, torch.tensor([len(p) for p in prompts], device=device), lengths)
+    ids, prompt_len, lengths = write_answers(to_sample(policy), pairs, args.temperature, generator)
+    states, actions, mask = split_actions(ids, prompt_len, lengths)
 
     # 2. Grade it: the reward of 1 or 0 comes with the last action.
     texts = [data.decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
@@ -378,7 +367,9 @@ def main(argv=None):
         pairs = sample_problems(args.episodes, n, "rl", 3, args.task, extra_digits=k)
         return explain(rollout(policy, value_head, reference, pairs, args, args.seed), pairs, args)
     title = f"greedy, {args.final_problems} held-out problems a cell"
-    before = {cell: bootstrap(solve(reference, pairs)[0]) for cell, pairs in tests.items()}
+    known = facts.get("accuracies", {})  # pretrain.py has measured it on these very problems
+    before = {cell: known.get((args.final_problems, *cell)) or bootstrap(solve(reference, pairs)[0])
+              for cell, pairs in tests.items()}
     pretrain.print_table(before, f"before: {title}")
     print(f"\nPPO on {long} digits: alpha {args.alpha:g}, kl_coef {args.kl_coef:g}, {args.iterations} iterations of "
           f"{args.episodes} episodes, on {device}")

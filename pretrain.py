@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
-from model import GPT, GPTConfig, PRESETS, generate, split_actions
+from model import GPT, GPTConfig, PRESETS, generate, speculate, split_actions
 
 
 # --------------------------------------------------------------------------- errors, device, checkpoints
@@ -260,13 +260,24 @@ def sample_problems(n, n_digits, mode, seed, task, extra_digits=1):
     return [data.sample_pair(rng, n_digits, mode, extra_digits, test=True, task=task) for _ in range(n)]
 
 
+def write_answers(model, pairs, temperature, generator):
+    """Let the model answer all problems -> ids (B, T), prompt_len (B,), lengths (B,).
+
+    The right answer is the draft that it reads first: where it would write the same, it need not be asked token by token.
+    """
+    prompts = [data.encode(data.prompt(a, b)) for a, b in pairs]
+    drafts = [data.encode(data.answer(a, b)) for a, b in pairs]
+    begun = speculate(model, prompts, drafts, temperature, generator)
+    ids, lengths = generate(model, begun, model.config.block_size, temperature, generator)
+    return ids, torch.tensor([len(p) for p in prompts], device=ids.device), lengths
+
+
 def solve(model, pairs, temperature=0, seed=0, batch_size=256):
     """Let the model answer all problems -> (correct: bool array (n,), texts: list of n prompts + answers)."""
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     model, texts = to_sample(model), []
     for i in range(0, len(pairs), batch_size):
-        prompts = [data.encode(data.prompt(a, b)) for a, b in pairs[i : i + batch_size]]
-        ids, lengths = generate(model, prompts, model.config.block_size, temperature, generator)
+        ids, _, lengths = write_answers(model, pairs[i : i + batch_size], temperature, generator)
         texts += [data.decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
     return np.array([data.grade(text, a, b) for text, (a, b) in zip(texts, pairs)]), texts
 
@@ -276,7 +287,7 @@ def bootstrap(values, seed=0, resamples=1000):
     values = np.asarray(values, dtype=float)
     picks = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
     low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
-    return values.mean(), low, high
+    return float(values.mean()), float(low), float(high)
 
 
 def accuracy_table(model, n_digits, n_problems, task):
@@ -474,13 +485,14 @@ def main(argv=None):
                                 f"N+1 {accuracies['varying_n1']:.0%}, {row['tokens_per_s']:,.0f} tokens/s")
             since, losses, norms, tokens = time.time(), [], [], 0
 
-    # 4. Save, measure, show failures
+    # 4. Measure, save, show failures. (Interrupted here, the same command does this again.)
     model.eval()
-    save_checkpoint(os.path.join(args.out, "model.pt"), model, digits=args.digits, task=args.task,
-                    step=args.steps, settings=vars(args))
     table, failures = accuracy_table(model, args.digits, args.eval_problems, args.task)
-    print_table(table, f"greedy, {args.eval_problems} held-out problems a cell")
+    save_checkpoint(os.path.join(args.out, "model.pt"), model, digits=args.digits, task=args.task,
+                    step=args.steps, settings=vars(args),
+                    accuracies={(args.eval_problems, *cell): accuracy for cell, accuracy in table.items()})
     save_tables(args.out, after=table)
+    print_table(table, f"greedy, {args.eval_problems} held-out problems a cell")
     print("\nthree failures, at their first wrong character")
     for text, a, b in failures[:: max(1, len(failures) // 3)][:3]:
         print(f"  {a}{b:+}: {data.describe_error(text, a, b)}")

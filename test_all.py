@@ -39,7 +39,7 @@ import kl
 import model
 import ppo
 import pretrain
-from model import GPT, GPTConfig, generate, split_actions
+from model import GPT, GPTConfig, generate, speculate, split_actions
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SLOW = "--slow" in sys.argv  # also the tests that take minutes
@@ -716,8 +716,40 @@ class Model(unittest.TestCase):
     def test_what_does_not_fit_the_block(self):
         with self.assertRaisesRegex(ValueError, "block of 128"):
             self.model(torch.zeros(1, 129, dtype=torch.long))
-        with self.assertRaisesRegex(ValueError, "no room"):
-            generate(self.model, [[0] * 128], 1)
+        with self.assertRaisesRegex(ValueError, "block of 128"):
+            generate(self.model, [[0] * 129], 1)
+        self.assertEqual(generate(self.model, [[0] * 128], 1)[1].tolist(), [128], "a full row stays as it is")
+
+    def test_a_draft_changes_no_text(self):
+        """Greedy, from any draft: right, cut off, wrong, empty, too long; rows of one batch end in all places."""
+        ids, lengths = generate(self.model, self.prompts, 128, temperature=0)
+        texts = [row[:n].tolist() for row, n in zip(ids, lengths)]
+        right = [text[len(p) :] for text, p in zip(texts, self.prompts)]
+        wrong = [[*x[:9], (x[9] + 1) % 40, *x[10:]] for x in right]
+        mixed = [right[0], right[1][:20], wrong[2], [], right[4] + [5] * 200]
+        for drafts in (right, wrong, mixed):
+            begun = speculate(self.model, self.prompts, drafts, 0)
+            again, n = generate(self.model, begun, 128, temperature=0)
+            self.assertEqual([row[:n].tolist() for row, n in zip(again, n)], texts)
+        self.assertEqual(begun[2], [*self.prompts[2], *right[2][:10]], "up to its first other choice, and that choice")
+        self.assertEqual(begun[3], self.prompts[3])
+
+    def test_a_draft_changes_no_distribution(self):
+        """Two sampled tokens after a draft, against the exact probabilities; sampled without one, the same."""
+        model, prompt, n = tiny_model(block_size=5, std=0.3), [7, 8, 9], 20000
+        with torch.no_grad():
+            first = F.softmax(model(torch.tensor([prompt]))[0][0, -1] / 0.5, -1)  # (40,)
+            second = F.softmax(model(torch.tensor([prompt + [t] for t in range(40)]))[0][:, -1] / 0.5, -1)  # (40, 40)
+        draft = [int(first.argmax()), int(second[first.argmax()].argmax())]
+        self.assertGreater(float(first.max() * second[draft[0]].max()), 0.01, "the draft is often written")
+        rng = torch.Generator().manual_seed(0)
+        begun = speculate(model, [prompt] * n, [draft] * n, 0.5, rng)
+        ids, _ = generate(model, begun, 2, 0.5, rng)
+        pairs = torch.zeros(40, 40).index_put_((ids[:, 3], ids[:, 4]), torch.ones(n), accumulate=True) / n
+        exact = first[:, None] * second
+        self.assertLess((pairs - exact).abs().max().item(), 0.01)
+        for what in (pairs[draft[0]] - exact[draft[0]], pairs.sum(1) - first, pairs.sum(0) - exact.sum(0)):
+            self.assertLess(what.abs().max().item(), 0.015)
 
     def test_split_actions(self):
         ids = torch.tensor([[5, 6, 7, 8, 0], [1, 2, 3, 4, 9]])
@@ -914,9 +946,10 @@ class PPO(unittest.TestCase):
 
     def test_one_temperature(self):
         """The log-probabilities are those of the distribution that sampled: full forward, divided by the temperature."""
-        with mock.patch.object(ppo, "generate", side_effect=generate) as sampled:
+        with mock.patch.object(pretrain, "generate", side_effect=generate) as sampled, \
+             mock.patch.object(pretrain, "speculate", side_effect=speculate) as drafted:
             batch = self.rollout()
-        self.assertEqual(sampled.call_args.args[3], 1.5)
+        self.assertEqual((sampled.call_args.args[3], drafted.call_args.args[3]), (1.5, 1.5))
         with torch.no_grad(), ppo.autocast(CPU):
             expected = (
                 (self.policy(batch["states"])[0].float() / 1.5)
