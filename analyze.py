@@ -196,11 +196,15 @@ def errors(args):
 
 
 # --------------------------------------------------------------------------- certainty
+EXPONENTS = (0, 1, 3, 10, 30, 100, 300, 1000)  # the paper's Figure 6
+
+
 @torch.no_grad()
 def certainty_by_place(model, pairs, n_digits):
-    """Fed the right answers: {place: [(certainty, 1.0 if the most likely token is wrong else 0.0), ...]}.
+    """Fed the right answers: {place: [(certainty, 1.0 if the most likely token is wrong else 0.0, nats), ...]}.
 
-    A place is data.place's ("line 1, operand 2"), and "critical" for the critical tokens in it.
+    A place is data.place's ("line 1, operand 2"), and "critical" for the critical tokens in it. nats is -log of the right
+    token's probability: what the KL to the model becomes there for a policy that always writes it.
     """
     places = {}
     for a, b in pairs:
@@ -208,28 +212,33 @@ def certainty_by_place(model, pairs, n_digits):
         ids = torch.tensor([data.encode(text)], device=device)
         logits, _ = model(ids[:, :-1])
         sure, wrong = certainty(logits)[0].tolist(), (logits.argmax(-1) != ids[:, 1:])[0].float().tolist()
+        nats = (-ppo.token_logp(logits, ids[:, 1:]))[0].tolist()
         critical = data.critical_positions(a, b, n_digits).values()
         for index in range(len(data.prompt(a, b)), len(text)):
             places.setdefault(data.place(a, b, index) + ", critical" * (index in critical), []).append(
-                (sure[index - 1], wrong[index - 1]))
+                (sure[index - 1], wrong[index - 1], nats[index - 1]))
     return places
 
 
 def show_certainty(args):
-    """Where the model is unsure, and whether it errs more where it is."""
+    """Where the model is unsure, whether it errs more where it is, and how much of the KL a weight takes away."""
     model, n_digits, pairs, _, _, how = answers(args)
     places = certainty_by_place(model, pairs, n_digits)
-    print(f"{how}\n\nfed the right answers\n{'place':<30} {'tokens':>7} {'certainty':>10} {'lowest':>8} {'wrong':>7}")
+    print(f"{how}\n\nfed the right answers\n{'place':<30} {'tokens':>7} {'certainty':>10} {'lowest':>8} {'wrong':>7} {'nats':>7}")
     for place, values in sorted(places.items()):
-        sure, wrong = np.array(values).T
-        print(f"{place:<30} {len(values):7} {sure.mean():10.4f} {sure.min():8.4f} {wrong.mean():7.1%}")
+        sure, wrong, nats = np.array(values).T
+        print(f"{place:<30} {len(values):7} {sure.mean():10.4f} {sure.min():8.4f} {wrong.mean():7.1%} {nats.mean():7.3f}")
+    sure, wrong, nats = np.array([x for values in places.values() for x in values]).T
+    print(f"\nA policy that writes them all has a KL of {nats.sum() / len(pairs):.2f} nats an answer to this model. "
+          "Of that, weighted by certainty^alpha, is left\nalpha " +
+          "".join(f"{alpha:7g}" for alpha in EXPONENTS) + "\n      " +
+          "".join(f"{(sure**alpha * nats).sum() / nats.sum():7.0%}" for alpha in EXPONENTS))
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
     for critical, marker in ((False, "o"), (True, "^")):
-        chosen = [np.array(x).T for place, x in places.items() if place.endswith("critical") == critical]
-        axes[0].scatter([1 - sure.mean() + 1e-6 for sure, _ in chosen], [wrong.mean() for _, wrong in chosen], marker=marker,
+        chosen = [np.mean(x, 0) for place, x in places.items() if place.endswith("critical") == critical]
+        axes[0].scatter([1 - x[0] + 1e-6 for x in chosen], [x[1] for x in chosen], marker=marker,
                         color="0.2" if critical else "0.6", label="critical tokens" if critical else "other tokens")
     axes[0].set(xlabel="1 - mean certainty, a point a place", ylabel="share wrong", xscale="log", ylim=(-0.03, 1.1))
-    sure, wrong = np.array([x for values in places.values() for x in values]).T
     edges = np.array([0, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1])
     bins = np.clip(np.digitize(sure, edges) - 1, 0, len(edges) - 2)
     for i in np.unique(bins):

@@ -1168,13 +1168,20 @@ class Analyze(unittest.TestCase):
         places = analyze.certainty_by_place(model, [(12, 3)], 1)
         self.assertEqual(sum(map(len, places.values())), len(data.answer(12, 3)))
         self.assertEqual(len(places["line 1, operand 1, critical"]), 2)
-        wrong = sum(wrong for values in places.values() for _, wrong in values)
+        wrong = sum(wrong for values in places.values() for _, wrong, _ in values)
         self.assertEqual(wrong, len(data.answer(12, 3).replace("\n", "")))
-        self.assertEqual({sure for values in places.values() for sure, _ in values}, {0.0})
+        self.assertEqual({sure for values in places.values() for sure, _, _ in values}, {0.0})
         enter_a_new_folder(self)
         with mock.patch.object(analyze, "answers", return_value=(model, 1, [(12, 3)], None, [], "how")):
             _, printed = quiet(analyze.main, ["certainty", "model.pt"])
-        self.assertRegex(printed, r"line 1, operand 1, critical +2 +0.0000 +0.0000 +100.0%")
+        self.assertRegex(printed, r"line 1, operand 1, critical +2 +0.0000 +0.0000 +100.0% +3.689")  # log 40
+        self.assertIn(f"a KL of {len(data.answer(12, 3)) * math.log(40):.2f} nats an answer", printed)
+        self.assertRegex(printed, r"alpha +0 +1 +3 .*\n +100% +0% +0%")
+        half = {"x": [(0.5, 0.0, 3.0), (1.0, 0.0, 1.0)]}  # left at alpha 1: (1.5 + 1) / 4; at 3: (3 / 8 + 1) / 4
+        with mock.patch.object(analyze, "answers", return_value=(model, 1, [(12, 3)], None, [], "how")), \
+             mock.patch.object(analyze, "certainty_by_place", return_value=half | {"x, critical": [(1.0, 1.0, 0.0)]}):
+            _, printed = quiet(analyze.main, ["certainty", "model.pt"])
+        self.assertRegex(printed, r"a KL of 4.00 nats(?s:.*)100% +62% +34% +25%")
         self.assertTrue(os.path.exists("out/figures/certainty.png"))
 
     def test_curves_with_a_band(self):
