@@ -35,7 +35,7 @@ import data
 import ppo
 import pretrain
 from kl import certainty
-from model import GPT, GPTConfig, PRESETS, generate
+from model import GPT, GPTConfig, PRESETS, generate, speculate
 from pretrain import UserError, bootstrap, sample_problems, solve, within
 
 matplotlib.use("Agg")  # pictures go to files: no screen is needed
@@ -628,6 +628,7 @@ class Work:
         self.batches = list(itertools.islice(pretrain.pretrain_batches(n_digits, 8, config.block_size, 0, device), 8))
         self.pairs = [data.sample_pair(rng, n_digits, "rl") for _ in range(batch)]
         self.prompts = [data.encode(data.prompt(a, b)) for a, b in self.pairs]
+        self.drafts = [data.encode(data.answer(a, b)) for a, b in self.pairs]
 
     def pretrain(self):
         for batch in self.batches:
@@ -642,8 +643,11 @@ class Work:
         shortest = min(map(len, self.prompts))
         pretrain.to_sample(self.policy)(torch.tensor([p[:shortest] for p in self.prompts], device=self.device))
 
+    def draft(self):
+        speculate(pretrain.to_sample(self.policy), self.prompts, self.drafts, 0.001)
+
     def generate(self):
-        return generate(pretrain.to_sample(self.policy), self.prompts, self.policy.config.block_size, 0.001)
+        generate(pretrain.to_sample(self.policy), self.prompts, self.policy.config.block_size, 0.001)
 
     def rollout(self):
         self.batch = ppo.rollout(self.policy, self.head, self.reference, self.pairs, self.args, 0)
@@ -684,22 +688,24 @@ def speed(args):
     # 2. The phases of a run, beside the floor: operations at the rate of the products, bytes at that of the copy.
     work = Work(config, args.digits, 64, device)
     seconds = {name: clock(getattr(work, name), device, repeats)
-               for name in ("pretrain", "plain_step", "prefill", "generate", "rollout", "update")}
+               for name in ("pretrain", "plain_step", "draft", "prefill", "generate", "rollout", "update")}
     shortest, T = min(map(len, work.prompts)), work.batch["mask"].shape[1]
     decoded, trained, plain_tokens = 64 * (T - shortest), 64 * T, 16 * config.block_size
     cache_bytes = decoded * (T + shortest) / 2 * 2 * config.n_layer * config.n_embd * torch.finfo(dtype).bits // 8
-    forward = operations(config, trained, T / 2) / large
+    drafted, forward = sum(map(len, work.prompts + work.drafts)), operations(config, trained, T / 2) / large
     n = sum(ids.numel() for ids, *_ in work.batches)
     table = [  # phase, tokens, seconds, floor
         ("pre-training, 8 steps", n, seconds["pretrain"],
          sum(3 * operations(config, ids.numel(), ids.shape[1] / 2) for ids, *_ in work.batches) / large),
         ("  plain: float32, full rows, AdamW", plain_tokens, seconds["plain_step"],
          3 * operations(config, plain_tokens, config.block_size / 2) / plain),
+        ("rollout: read the drafts", drafted, seconds["draft"], operations(config, drafted, drafted / 64 / 2) / large),
         ("rollout: prefill", 64 * shortest, seconds["prefill"],
          operations(config, 64 * shortest, shortest / 2) / large),
-        ("rollout: decode", decoded, seconds["generate"] - seconds["prefill"],
+        ("rollout: decode what was not drafted", decoded, seconds["generate"] - seconds["prefill"],
          max(operations(config, decoded, (T + shortest) / 2) / small, cache_bytes / copy_rate)),
-        ("rollout: score, policy and reference", trained, seconds["rollout"] - seconds["generate"], 2 * forward),
+        ("rollout: score, policy and reference", trained,
+         seconds["rollout"] - seconds["generate"] - seconds["draft"], 2 * forward),
         ("update: forward and backward", trained, seconds["update"], 3 * forward)]
     iteration = seconds["rollout"] + seconds["update"]
     print(f"\n{'phase':<38} {'tokens/s':>9} {'seconds':>9} {'floor':>9} {'reached':>8} {'share':>7}")
@@ -709,7 +715,7 @@ def speed(args):
     print("\npre-training tokens/s over the plain step's: "
           f"{n / seconds['pretrain'] / (plain_tokens / seconds['plain_step']):.2f}")
     print("one PPO iteration over (generation + its passes at the rate of the products): "
-          f"{iteration / (seconds['generate'] + 5 * forward):.2f}")
+          f"{iteration / (seconds['draft'] + seconds['generate'] + 5 * forward):.2f}")
     print(f"peak memory so far {peak_memory(device) / 2**30:.2f} GiB")
 
     # 3. How it grows.

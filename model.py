@@ -1,4 +1,4 @@
-"""GPT-2 as nanoGPT readers know it, with its parameter names, and batch generation with a KV cache.
+"""GPT-2 as nanoGPT readers know it, with its parameter names; batch generation with a KV cache and drafts.
 
 B sequences, T tokens, V vocabulary, C embedding width, H attention heads of width D = C / H.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from data import VOCAB
 
@@ -118,7 +119,7 @@ class GPT(nn.Module):
         """idx (B, T) token ids -> logits (B, T, V) for the token after each, and hidden states (B, T, C).
 
         offset: (B,) position of each row's first token, default 0. Pre-training draws it at random.
-        cache, start: see `generate`: keys and values of the tokens before position `start`, extended in place.
+        cache, start: keys and values of the tokens before position `start`, extended in place; see `generate`.
         """
         B, T = idx.shape
         if start + T > self.config.block_size:
@@ -136,7 +137,8 @@ class GPT(nn.Module):
             return F.linear(hidden, self.lm_head.weight.float()), hidden
 
 
-SLASH, LINE_BREAK, UNKNOWN = VOCAB.index("/"), VOCAB.index("\n"), -1
+SLASH, LINE_BREAK = VOCAB.index("/"), VOCAB.index("\n")
+UNKNOWN = -1  # a token that is still to be written
 
 
 def sample(logits, temperature, generator=None):
@@ -150,7 +152,7 @@ def sample(logits, temperature, generator=None):
 
 
 def row_lengths(ids, most):
-    """Where each row of ids (B, T) ends -> (B,): with the second line break after its first "/", or at `most` (B,) tokens.
+    """Where each row of ids (B, T) ends -> (B,): with the second line break after its first "/", or at `most` (B,).
 
     "</scratch>", line break, result, line break: that is how an answer ends.
     """
@@ -160,26 +162,26 @@ def row_lengths(ids, most):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
-    """Continue a batch of prompts of different lengths in one pass.
+    """Continue a batch of prompts of different lengths in one pass, with a cache of keys and values.
 
     prompts: list of B lists of ids. Rows are aligned at position 0. At each step a row still inside its prompt is
         fed its prompt's next token, the others their own last choice: no padding mask, no grouping by length.
     max_new_tokens: the most tokens to add to a row (fewer where the block ends).
     temperature: of the softmax that is sampled, with `generator`; 0 is greedy.
-    A row ends where row_lengths says; a prompt that holds a whole answer stays as it is.
-    Returns ids (B, T) on the model's device, and lengths (B,): row b is ids[b, :lengths[b]], the rest is 0.
+    A row ends where row_lengths says; a prompt that holds a whole answer ends there, too.
+    Returns ids (B, T) on the model's device, T in whole 32s where the block allows it, and lengths (B,): row b is
+    ids[b, :lengths[b]], the rest is 0.
     """
     config, device = model.config, model.lm_head.weight.device
-    prompt_len = torch.tensor([len(p) for p in prompts])
+    prompt_len = torch.tensor([len(p) for p in prompts], device=device)
     longest = int(prompt_len.max())
     if longest > config.block_size:
         raise ValueError(f"a prompt of {longest} tokens does not fit the block of {config.block_size}")
-    B, T = len(prompts), min(config.block_size, longest + max_new_tokens)
-    ids = torch.full((B, T), UNKNOWN)
+    T = min(config.block_size, longest + max_new_tokens)
+    ids = torch.full((len(prompts), T), UNKNOWN)
     for row, p in zip(ids, prompts):
         row[: len(p)] = torch.tensor(p)
-    ids, prompt_len = ids.to(device), prompt_len.to(device)
-    most = (prompt_len + max_new_tokens).clamp(max=T)
+    ids, most = ids.to(device), (prompt_len + max_new_tokens).clamp(max=T)
     rows = (row_lengths(ids, most) > prompt_len).nonzero()[:, 0]  # those still in the batch
 
     shape = (config.n_layer, 2, len(rows), config.n_head, T, config.n_embd // config.n_head)
@@ -205,7 +207,7 @@ def slices(rows, lengths):
     """Row numbers, shortest first, in slices that fit a CPU's cache or a GPU's memory -> [(rows, T)].
 
     The slice's tensors need only the first T tokens, the longest row's in whole 32s: little is padding, and there are
-    few shapes, for each of which a CPU keeps kernels of its own. Gradients are summed over the slices.
+    few shapes, for each of which a CPU keeps kernels of its own.
     """
     parts = rows[lengths[rows].argsort(stable=True)].split(8 if rows.device.type == "cpu" else 64)
     return [(part, math.ceil(int(lengths[part].max()) / 32) * 32) for part in parts]
@@ -213,26 +215,24 @@ def slices(rows, lengths):
 
 @torch.no_grad()
 def speculate(model, prompts, drafts, temperature=1.0, generator=None):
-    """How far the model itself would write a draft of its answer: speculative decoding (Leviathan et al. 2023).
+    """What of each draft the model itself would write: speculative decoding (Leviathan et al. 2023).
 
-    It reads prompt and draft in one pass, instead of a pass a token, and chooses a token at each place. Its own text is
-    the draft up to its first other choice, and that choice. Its distribution is that of `generate`, whatever the draft;
-    a good one saves time. prompts, drafts: B lists of ids. Returns B lists: prompt and answer so far, for `generate`.
+    The model reads prompt and draft at once, instead of token by token, and chooses a token at each place, from what
+    stands before it. Its own text is the draft up to its first other choice, and that choice: up to rounding, it is
+    distributed as what `generate` writes, whatever the draft. A good one saves time.
+    prompts, drafts: B lists of ids. Returns B lists: each prompt and its answer so far, for `generate` to continue.
     """
-    device = model.lm_head.weight.device
-    written = [(p + draft)[: model.config.block_size] for p, draft in zip(prompts, drafts)]
+    device, block = model.lm_head.weight.device, model.config.block_size
+    written = [p + draft[: block - len(p)] for p, draft in zip(prompts, drafts)]
     lengths = torch.tensor([len(row) for row in written], device=device)
-    ids = torch.zeros(len(written), int(lengths.max()), dtype=torch.long)
-    for row, text in zip(ids, written):
-        row[: len(text)] = torch.tensor(text)
-    ids = ids.to(device)
+    ids = pad_sequence([torch.tensor(row) for row in written], batch_first=True).to(device)
     for rows, T in slices(torch.arange(len(ids), device=device), lengths - 1):
         logits, _ = model(ids[rows, :T])
         choices = sample(logits.flatten(0, 1), temperature, generator).view(len(rows), -1).tolist()
         for i, choice in zip(rows.tolist(), choices):
             for t in range(len(prompts[i]), len(written[i])):
                 if choice[t - 1] != written[i][t]:
-                    written[i] = written[i][:t] + [choice[t - 1]]
+                    written[i][t:] = [choice[t - 1]]
                     break
     return written
 

@@ -25,7 +25,7 @@ import pretrain
 from kl import certainty, prioritized_kl
 from model import PRESETS, slices, split_actions
 from pretrain import (COUNT, SEED, Parser, Run, UserError, answer_loss, autocast, bootstrap, check_finite,
-                      sample_problems, solve, to_batch, to_sample, within, write_answers)
+                      sample_problems, solve, to_batch, within, write_answers)
 
 
 # --------------------------------------------------------------------------- the algorithm, as pure functions
@@ -133,7 +133,7 @@ def rollout(policy, value_head, reference, pairs, args, seed):
     device = policy.lm_head.weight.device
     # 1. Sample an answer to each problem.
     generator = torch.Generator(device).manual_seed(seed)
-    ids, prompt_len, lengths = write_answers(to_sample(policy), pairs, args.temperature, generator)
+    ids, prompt_len, lengths = write_answers(policy, pairs, args.temperature, generator)
     states, actions, mask = split_actions(ids, prompt_len, lengths)
 
     # 2. Grade it: the reward of 1 or 0 comes with the last action.

@@ -263,19 +263,21 @@ def sample_problems(n, n_digits, mode, seed, task, extra_digits=1):
 def write_answers(model, pairs, temperature, generator):
     """Let the model answer all problems -> ids (B, T), prompt_len (B,), lengths (B,).
 
-    The right answer is the draft that it reads first: where it would write the same, it need not be asked token by token.
+    The right answers are its drafts: what it would write alike is not written token by token. That tells it nothing: no
+    choice depends on what stands behind it.
     """
     prompts = [data.encode(data.prompt(a, b)) for a, b in pairs]
     drafts = [data.encode(data.answer(a, b)) for a, b in pairs]
-    begun = speculate(model, prompts, drafts, temperature, generator)
-    ids, lengths = generate(model, begun, model.config.block_size, temperature, generator)
+    with autocast(model.lm_head.weight.device):
+        begun = speculate(model, prompts, drafts, temperature, generator)
+    ids, lengths = generate(to_sample(model), begun, model.config.block_size, temperature, generator)
     return ids, torch.tensor([len(p) for p in prompts], device=ids.device), lengths
 
 
 def solve(model, pairs, temperature=0, seed=0, batch_size=256):
     """Let the model answer all problems -> (correct: bool array (n,), texts: list of n prompts + answers)."""
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
-    model, texts = to_sample(model), []
+    texts = []
     for i in range(0, len(pairs), batch_size):
         ids, _, lengths = write_answers(model, pairs[i : i + batch_size], temperature, generator)
         texts += [data.decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
@@ -485,12 +487,13 @@ def main(argv=None):
                                 f"N+1 {accuracies['varying_n1']:.0%}, {row['tokens_per_s']:,.0f} tokens/s")
             since, losses, norms, tokens = time.time(), [], [], 0
 
-    # 4. Measure, save, show failures. (Interrupted here, the same command does this again.)
+    # 4. Save, measure, show failures
     model.eval()
+    path = os.path.join(args.out, "model.pt")
+    facts = dict(digits=args.digits, task=args.task, step=args.steps, settings=vars(args))
+    save_checkpoint(path, model, **facts)
     table, failures = accuracy_table(model, args.digits, args.eval_problems, args.task)
-    save_checkpoint(os.path.join(args.out, "model.pt"), model, digits=args.digits, task=args.task,
-                    step=args.steps, settings=vars(args),
-                    accuracies={(args.eval_problems, *cell): accuracy for cell, accuracy in table.items()})
+    save_checkpoint(path, model, **facts, accuracies={(args.eval_problems, *cell): x for cell, x in table.items()})
     save_tables(args.out, after=table)
     print_table(table, f"greedy, {args.eval_problems} held-out problems a cell")
     print("\nthree failures, at their first wrong character")

@@ -651,12 +651,14 @@ class Model(unittest.TestCase):
         self.assertEqual(ids[0, : lengths[0]].tolist(), theirs[0, : lengths[0]].tolist())
 
     def test_causality(self):
-        logits, _ = self.model(self.ids)
+        """In both attentions: the fused kernel, and ours by hand, in bfloat16."""
         changed = self.ids.clone()
         changed[:, 30:] = (changed[:, 30:] + 1) % 40
-        again, _ = self.model(changed)
-        torch.testing.assert_close(again[:, :30], logits[:, :30], atol=1e-6, rtol=0)
-        self.assertGreater((again[:, 30:] - logits[:, 30:]).abs().max().item(), 0.1)
+        for precision in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+            with precision:
+                logits, again = self.model(self.ids)[0], self.model(changed)[0]
+            torch.testing.assert_close(again[:, :30], logits[:, :30], atol=1e-6, rtol=0)
+            self.assertGreater((again[:, 30:] - logits[:, 30:]).abs().max().item(), 0.1)
 
     def test_cache_equals_no_cache(self):
         B, T = self.ids.shape
@@ -694,18 +696,19 @@ class Model(unittest.TestCase):
             self.assertEqual(row[:n].tolist(), text)
             self.assertFalse(row[n:].any())
 
-    def test_generation_ends_at_the_answers_last_line_break(self):
-        text = data.prompt(12, 34) + data.answer(12, 34)
-        truth = torch.tensor(data.encode(text + "0000"))
+    def oracle(self, a, b):
+        """A model that writes the right answer and would go on."""
+        truth = torch.tensor(data.encode(data.prompt(a, b) + data.answer(a, b) + "0" * 100))
 
-        class Oracle(GPT):  # a model that writes the right answer and would go on
+        class Oracle(GPT):
             def forward(self, idx, cache=None, start=0):
-                return (
-                    F.one_hot(truth[start + 1 : start + 1 + idx.shape[1]], 40).float().expand(len(idx), -1, -1) * 100,
-                    None,
-                )
+                right = truth[start + 1 : start + 1 + idx.shape[1]]
+                return F.one_hot(right, 40).float().expand(len(idx), -1, -1) * 100, None
 
-        oracle = Oracle(GPTConfig(block_size=256, n_layer=1, n_head=1, n_embd=4))
+        return Oracle(GPTConfig(block_size=256, n_layer=1, n_head=1, n_embd=4))
+
+    def test_generation_ends_at_the_answers_last_line_break(self):
+        text, oracle = data.prompt(12, 34) + data.answer(12, 34), self.oracle(12, 34)
         prompts = [data.encode(data.prompt(12, 34))] * 2
         for temperature in (0, 1.0):
             ids, lengths = generate(oracle, prompts, 200, temperature, torch.Generator().manual_seed(0))
@@ -721,7 +724,7 @@ class Model(unittest.TestCase):
         self.assertEqual(generate(self.model, [[0] * 128], 1)[1].tolist(), [128], "a full row stays as it is")
 
     def test_a_draft_changes_no_text(self):
-        """Greedy, from any draft: right, cut off, wrong, empty, too long; rows of one batch end in all places."""
+        """Greedy, from any draft: right, cut off, wrong, empty, longer than the block."""
         ids, lengths = generate(self.model, self.prompts, 128, temperature=0)
         texts = [row[:n].tolist() for row, n in zip(ids, lengths)]
         right = [text[len(p) :] for text, p in zip(texts, self.prompts)]
@@ -734,22 +737,37 @@ class Model(unittest.TestCase):
         self.assertEqual(begun[2], [*self.prompts[2], *right[2][:10]], "up to its first other choice, and that choice")
         self.assertEqual(begun[3], self.prompts[3])
 
+    def test_a_draft_ends_where_the_answer_does(self):
+        """The oracle of the right answer, with drafts that go on, stop short, or end at the wrong place, in one batch."""
+        right, prompt = data.answer(12, 34), data.encode(data.prompt(12, 34))
+        oracle, drafts = self.oracle(12, 34), [right, right + "0000", right + "\n\n/", right[:-1], right[:-3] + "\n", "",
+                                               right[:5] + "/\n\n", right[:40]]
+        for temperature in (0, 1.0):
+            begun = speculate(oracle, [prompt] * 8, [data.encode(x) for x in drafts], temperature)
+            for batch in (begun, begun[:1]):  # the second: nothing is left to do
+                ids, lengths = generate(oracle, batch, 200, temperature)
+                texts = [data.decode(row[:n]) for row, n in zip(ids, lengths)]
+                self.assertEqual(texts, [data.prompt(12, 34) + right] * len(batch))
+                self.assertFalse(any(row[n:].any() for row, n in zip(ids, lengths)))
+
     def test_a_draft_changes_no_distribution(self):
-        """Two sampled tokens after a draft, against the exact probabilities; sampled without one, the same."""
+        """Two sampled tokens, drafted by what is likely and by what is not, against the exact probabilities."""
         model, prompt, n = tiny_model(block_size=5, std=0.3), [7, 8, 9], 20000
         with torch.no_grad():
             first = F.softmax(model(torch.tensor([prompt]))[0][0, -1] / 0.5, -1)  # (40,)
             second = F.softmax(model(torch.tensor([prompt + [t] for t in range(40)]))[0][:, -1] / 0.5, -1)  # (40, 40)
-        draft = [int(first.argmax()), int(second[first.argmax()].argmax())]
-        self.assertGreater(float(first.max() * second[draft[0]].max()), 0.01, "the draft is often written")
-        rng = torch.Generator().manual_seed(0)
-        begun = speculate(model, [prompt] * n, [draft] * n, 0.5, rng)
-        ids, _ = generate(model, begun, 2, 0.5, rng)
-        pairs = torch.zeros(40, 40).index_put_((ids[:, 3], ids[:, 4]), torch.ones(n), accumulate=True) / n
-        exact = first[:, None] * second
-        self.assertLess((pairs - exact).abs().max().item(), 0.01)
-        for what in (pairs[draft[0]] - exact[draft[0]], pairs.sum(1) - first, pairs.sum(0) - exact.sum(0)):
-            self.assertLess(what.abs().max().item(), 0.015)
+        likely = int(first.argmax())
+        self.assertGreater(float(first[likely] * second[likely].max()), 0.03, "the draft is written often")
+        for draft in ([likely, int(second[likely].argmax())], [int(first.argmin()), 0]):
+            rng = torch.Generator().manual_seed(0)
+            begun = speculate(model, [prompt] * n, [draft] * n, 0.5, rng)
+            ids, _ = generate(model, begun, 2, 0.5, rng)
+            pairs = torch.zeros(40, 40).index_put_((ids[:, 3], ids[:, 4]), torch.ones(n), accumulate=True) / n
+            exact = first[:, None] * second
+            self.assertLess((pairs - exact).abs().max().item(), 0.01)
+            for what in (pairs.sum(1) - first, pairs.sum(0) - exact.sum(0)):
+                self.assertLess(what.abs().max().item(), 0.015)
+            self.assertLess((pairs[likely] / pairs[likely].sum() - second[likely]).abs().max().item(), 0.03)
 
     def test_split_actions(self):
         ids = torch.tensor([[5, 6, 7, 8, 0], [1, 2, 3, 4, 9]])
@@ -1503,6 +1521,13 @@ class Scripts(unittest.TestCase):
         rl = "--digits 1 --iterations 3 --episodes 16 --eval_problems 8 --final_problems 50 --eval_every 2 --device cpu"
         (before, after), _ = quiet(ppo.main, [*rl.split(), "--checkpoint", pretrained, "--out", "rl"])
         self.assertEqual(set(before), {(mode, length) for mode in ("identical", "varying") for length in (1, 2)})
+        # The table before came with the checkpoint; measured again:
+        problems = pretrain.sample_problems(50, 2, "varying", 1, "add")
+        self.assertEqual(before["varying", 2], pretrain.bootstrap(pretrain.solve(model, problems)[0]))
+        prompts = [data.encode(data.prompt(a, b)) for a, b in problems]  # and once more without showing it the answers
+        ids, lengths = generate(pretrain.to_sample(model), prompts, 300, 0)
+        undrafted = [data.grade(data.decode(row[:n]), a, b) for row, n, (a, b) in zip(ids, lengths, problems)]
+        self.assertAlmostEqual(before["varying", 2][0], np.mean(undrafted), delta=0.1)
         self.assertGreaterEqual(after["identical", 1][0], before["identical", 1][0] - 0.2, "old skills are kept")
         tuned, _ = pretrain.load_checkpoint("rl/model.pt", CPU)
         self.assertFalse(torch.equal(tuned.lm_head.weight, model.lm_head.weight), "PPO changed the weights")
