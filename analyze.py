@@ -718,7 +718,20 @@ def speed(args):
           f"{iteration / (seconds['draft'] + seconds['generate'] + 5 * forward):.2f}")
     print(f"peak memory so far {peak_memory(device) / 2**30:.2f} GiB")
 
-    # 3. How it grows.
+    # 3. What a draft saves depends on how much of it the model would write itself.
+    if args.checkpoint:
+        model, facts = pretrain.load_checkpoint(args.checkpoint, device)
+        print(f"\n64 answers of {args.checkpoint}, sampled")
+        for length in (facts["digits"], facts["digits"] + 1):
+            pairs = sample_problems(64, length, "varying", 1, facts["task"])
+            prompts = [data.encode(data.prompt(a, b)) for a, b in pairs]
+            right = solve(model, pairs, 1.0)[0].mean()
+            drafted = clock(lambda: pretrain.write_answers(model, pairs, 1.0, None), device, repeats)
+            alone = clock(lambda: generate(pretrain.to_sample(model), prompts, model.config.block_size), device, repeats)
+            print(f"  {length} digits, {right:.0%} right: {drafted:.2f} s with drafts, {alone:.2f} s token by token: "
+                  f"{alone / drafted:.2f} times as fast")
+
+    # 4. How it grows.
     print(f"\n{'tokens/s':<16} {'generate':>9} {'update':>9} {'pre-train':>10}")
     for what, value in tqdm(SIZES, desc="sizes", leave=False):
         n_digits = value if what == "digits" else args.digits
@@ -798,6 +811,7 @@ def main(argv=None):
     verb.add_argument("--digits", type=within(int, 1, 10), default=5, help="N")
     verb.add_argument("--preset", choices=PRESETS, default="small", help="model size")
     verb.add_argument("--repeats", type=pretrain.COUNT, default=5, help="of each measurement")
+    verb.add_argument("--checkpoint", default="", help="a model.pt: by how much drafts speed up its answers%(default)s")
     verb.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
     verb.set_defaults(run=speed)
 

@@ -1323,9 +1323,13 @@ class Analyze(unittest.TestCase):
         # 3 tokens: 2 * (2*6 + 2*2 + 2*8 + 8*2) for qkv, proj and the two of the MLP, 2 * 2*10 for the logits, 4 * 2 * 5 for attention
         self.assertEqual(analyze.operations(config, 3, 5), 3 * (2 * 48 + 40 + 40))
         tiny = dict(n_layer=1, n_head=2, n_embd=16)
+        enter_a_new_folder(self)
+        pretrain.save_checkpoint("model.pt", tiny_model(block_size=192), digits=1, task="add")
+        options = "--repeats 1 --digits 1 --device cpu --checkpoint model.pt"
         with mock.patch.object(analyze, "SIZES", [("batch", 2), ("width", 64)]), mock.patch.dict(analyze.PRESETS, small=tiny):
-            _, printed = quiet(analyze.main, ["speed", "--repeats", "1", "--digits", "1", "--device", "cpu"])
-        for row in ("pre-training, 8 steps", "plain:", "prefill", "decode", "score", "update", "batch   2", "width   64"):
+            _, printed = quiet(analyze.main, ["speed", *options.split()])
+        for row in ("pre-training, 8 steps", "plain:", "drafts", "prefill", "decode", "score", "update", "batch   2",
+                    "width   64", "  2 digits, 0% right"):
             self.assertIn(row, printed)
         reached = [int(x) for x in re.findall(r" (\d+)%", printed)]
         self.assertGreaterEqual(len(reached), 6)
