@@ -290,7 +290,8 @@ SEEDS = {"seed", "pretrain_seed", "checkpoint"}  # runs that differ in nothing e
 def group_runs(runs):
     """[(settings, what)] -> {label: [what, ...]}: a group for equal settings but the seeds, labelled by what differs.
 
-    Where more than two settings differ, a label tells only those that are not the first run's.
+    Where more than two settings differ, a label tells only those that are not the first run's; where more than three do,
+    that of the first is "the first".
     """
     first, groups = runs[0][0], {}
     if len({str(settings) for settings, _ in runs}) < len(runs):
@@ -299,6 +300,8 @@ def group_runs(runs):
              if x not in SEEDS and len({str(settings.get(x)) for settings, _ in runs}) > 1]
     for settings, what in runs:
         told = {x: settings.get(x) for x in names if len(names) < 3 or settings.get(x) != first.get(x)}
+        if not told and len(names) == 3:
+            told = {x: first.get(x) for x in names}
         label = ", ".join(f"{x} {value:g}" if isinstance(value, float) else f"{x} {value}" for x, value in told.items())
         groups.setdefault(label or ("the first" if names else "all runs"), []).append(what)
     return groups
@@ -404,12 +407,24 @@ def outcome(tables, log, level=0.8):
 
 
 def paired(these, those):
-    """{seeds: value} of two settings -> [difference, ...] over the seeds that both have."""
-    return [these[seeds] - those[seeds] for seeds in these if seeds in those]
+    """{(model, seed): value} of two settings -> {(model, seed): difference}, of the runs that both have."""
+    return {run: these[run] - those[run] for run in these if run in those}
+
+
+def units(values):
+    """{(model, seed): value} -> [value, ...]: what is resampled for an interval.
+
+    Runs from one pre-trained model are more alike than others, so each model counts once, with the mean over its RL
+    seeds; of a single model, each seed does.
+    """
+    models = {}
+    for (model, _), value in values.items():
+        models.setdefault(model, []).append(value)
+    return list(values.values()) if len(models) == 1 else [np.mean(x) for x in models.values()]
 
 
 def compare(args):
-    """alpha and controls: a table of settings, each against the first, paired by seed, and its picture."""
+    """alpha and controls: a table of settings, each against the first, paired by model and seed, and its picture."""
     runs = []
     for settings, (tables, log) in load_finished(args.runs, ("episodes", "greedy_nk", "success")):
         if len(log["success"]) < 2:
@@ -426,14 +441,14 @@ def compare(args):
           "| minus the first's | reached 80% | after episodes |\n|---|---|---|---|---|---|---|---|")
     bars = []  # (label, alpha, final, low, high, area)
     for label, members in groups.items():
-        finals, areas = ([member[i] for member in members] for i in (2, 3))
         episodes = [member[4] for member in members if member[4] == member[4]]
+        finals, areas = ({member[0]: member[i] for member in members} for i in (2, 3))
         differences = []  # of the final accuracy and of the area; the first setting is not compared with itself
-        for i in (2, 3):
-            pairs = paired({member[0]: member[i] for member in members}, {member[0]: member[i] for member in first})
+        for i, values in ((2, finals), (3, areas)):
+            pairs = paired(values, {member[0]: member[i] for member in first})
             known = len(pairs) > 1 and members is not first
-            differences.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(pairs)) if known else "")
-        (final, low, high), area = bootstrap(finals), np.mean(areas)
+            differences.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(units(pairs))) if known else "")
+        (final, low, high), area = bootstrap(units(finals)), np.mean(units(areas))
         after = f"{np.mean(episodes):,.0f}" if episodes else ""
         bars.append((label, members[0][1], final, final - low, high - final, area))
         print(f"| {label} | {len(members)} | {final:.1f} [{low:.1f}, {high:.1f}] | {differences[0]} | {area:.1f} | "

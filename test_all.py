@@ -1252,8 +1252,10 @@ class Analyze(unittest.TestCase):
     def test_labels_where_much_differs(self):
         runs = [(dict(a=1, b=0.5, c=3, seed=i), i) for i in range(2)] + [(dict(a=2, b=0.5, c=3, seed=0), 2)]
         runs += [(dict(a=1, b=0.25, c=3, seed=0), 3), (dict(a=1, b=0.5, c=4, seed=0), 4)]
-        groups = {"the first": [0, 1], "a 2": [2], "b 0.25": [3], "c 4": [4]}
+        groups = {"a 1, b 0.5, c 3": [0, 1], "a 2": [2], "b 0.25": [3], "c 4": [4]}
         self.assertEqual(analyze.group_runs(runs), groups)
+        groups = {"the first": [0, 1], "a 2": [2], "b 0.25": [3], "c 4": [4], "d 7": [5]}
+        self.assertEqual(analyze.group_runs([*runs, (dict(a=1, b=0.5, c=3, d=7, seed=0), 5)]), groups)
 
     def test_compare_by_hand(self):
         """Made-up runs: greedy_nk 0.2, nan, 0.6, 1.0 at 0, 10, 20, 40 episodes, and final accuracies by seed."""
@@ -1268,7 +1270,9 @@ class Analyze(unittest.TestCase):
         self.assertTrue(np.isnan(analyze.outcome(tables, log)[2]), "never reached")
         log["greedy_nk"] = np.array([0.9, np.nan, 0.6, 0.7])
         self.assertEqual(analyze.outcome(tables, log)[2], 0)
-        self.assertEqual(analyze.paired(dict(a=3, b=5, c=9), dict(a=1, b=1, d=7)), [2, 4])
+        self.assertEqual(analyze.paired(dict(a=3, b=5, c=9), dict(a=1, b=1, d=7)), dict(a=2, b=4))
+        self.assertEqual(analyze.units({("m0", 0): 1, ("m0", 1): 3, ("m1", 0): 10}), [2, 10], "a model counts once")
+        self.assertEqual(analyze.units({("m0", 0): 1, ("m0", 1): 3}), [1, 3], "of one model, each seed")
         enter_a_new_folder(self)
         for alpha, seed, final in ((0, 1, 0.5), (0, 2, 0.7), (100, 1, 0.9), (100, 2, 0.9)):
             folder = f"a{alpha}s{seed}"
