@@ -572,28 +572,30 @@ def sweep(args):
 
 
 # --------------------------------------------------------------------------- all
+MAIN = "results/alpha0_* results/alpha3_* results/alpha100_* results/none_*"  # fewer lines than all of them
 ALL = {  # runs under assets/runs: what is made of them
     "pretrain/*": ("accuracy",),
     "settings/*": ("accuracy",),
     "no_ratio/*": ("accuracy",),
-    "default/*": ("accuracy",),
+    "default/*": ("accuracy", "controls"),
     "results/*": ("accuracy", "controls", "frontier"),
-    "results/alpha*": ("alpha",),
-    "results/[an]*": ("curves", "critical", "drift"),  # of the controls no penalty alone, for fewer lines
+    "results/alpha*_seed1": ("alpha",),
+    MAIN: ("curves", "critical", "drift"),
+    "high_lr/*": ("accuracy", "controls", "frontier", "drift"),
     "coarse/*": ("accuracy",),
 }
 
 
 def everything(args):
     """The tables and figures that need no checkpoint, from the runs that the README tells of."""
-    for pattern, shown in ALL.items():
-        pattern = os.path.join(args.runs, pattern)
-        runs = sorted(glob.glob(pattern))
+    for patterns, shown in ALL.items():
+        patterns = [os.path.join(args.runs, pattern) for pattern in patterns.split()]
+        runs = [folder for pattern in patterns for folder in sorted(glob.glob(pattern))]
         if not runs:
-            raise UserError(f"no runs are {pattern}; give the folder of the README's runs with --runs")
+            raise UserError(f"no runs are {' '.join(patterns)}; give the folder of the README's runs with --runs")
         for verb in shown:
-            out = ["--out", os.path.join(args.out, os.path.basename(os.path.dirname(pattern)))] * (verb != "accuracy")
-            print("\npython analyze.py", verb, pattern, *out)
+            out = ["--out", os.path.join(args.out, os.path.basename(os.path.dirname(runs[0])))] * (verb != "accuracy")
+            print("\npython analyze.py", verb, *patterns, *out)
             main([verb, *runs, *out])
 
 

@@ -178,9 +178,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     if longest > config.block_size:
         raise ValueError(f"a prompt of {longest} tokens does not fit the block of {config.block_size}")
     T = min(config.block_size, longest + max_new_tokens)
-    ids = torch.full((len(prompts), T), UNKNOWN)
-    for row, p in zip(ids, prompts):
-        row[: len(p)] = torch.tensor(p)
+    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True, padding_value=UNKNOWN)
+    ids = F.pad(ids, (0, T - longest), value=UNKNOWN)
     ids, most = ids.to(device), (prompt_len + max_new_tokens).clamp(max=T)
     rows = (row_lengths(ids, most) > prompt_len).nonzero()[:, 0]  # those still in the batch
 

@@ -24,6 +24,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
@@ -327,9 +328,7 @@ def to_batch(pairs, device):
     """Worked problems -> ids (B, T) padded with 0, prompt_len (B,), lengths (B,)."""
     prompts = [data.encode(data.prompt(a, b)) for a, b in pairs]
     rows = [p + data.encode(data.answer(a, b)) for p, (a, b) in zip(prompts, pairs)]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     prompt_len, lengths = torch.tensor([len(p) for p in prompts]), torch.tensor([len(row) for row in rows])
     return ids.to(device), prompt_len.to(device), lengths.to(device)
 

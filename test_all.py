@@ -1290,9 +1290,9 @@ class Analyze(unittest.TestCase):
 
     def test_all_and_frontier(self):
         enter_a_new_folder(self)
-        for name in {os.path.dirname(pattern) for pattern in analyze.ALL}:
+        for name in {os.path.dirname(pattern) for patterns in analyze.ALL for pattern in patterns.split()}:
             for alpha in (0, 3):
-                folder = f"runs/{name}/alpha{alpha}"
+                folder = f"runs/{name}/alpha{alpha}_seed1"
                 os.makedirs(folder)
                 settings = dict(alpha=alpha, seed=0) if name != "pretrain" else dict(seed=alpha)
                 pretrain.write_file(f"{folder}/settings.json", json.dumps(settings).encode())
@@ -1306,20 +1306,20 @@ class Analyze(unittest.TestCase):
         for name in ("alpha", "controls", "curves", "critical", "drift", "frontier"):
             self.assertTrue(os.path.exists(f"out/figures/results/{name}.png"), name)
         for verb in ("alpha", "controls", "frontier"):
-            pretrain.write_file("runs/pretrain/alpha0/log.csv", b"step,loss\n1,2\n")
-            with self.assertRaisesRegex(pretrain.UserError, "^runs/pretrain/alpha0 is not a run of ppo.py"):
-                analyze.main([verb, "runs/results/alpha0", "runs/pretrain/alpha0"])
-        pretrain.save_tables("runs/pretrain/alpha0", after={("varying", 3): (0.5, 0.4, 0.6)})
+            pretrain.write_file("runs/pretrain/alpha0_seed1/log.csv", b"step,loss\n1,2\n")
+            with self.assertRaisesRegex(pretrain.UserError, "^runs/pretrain/alpha0_seed1 is not a run of ppo.py"):
+                analyze.main([verb, "runs/results/alpha0_seed1", "runs/pretrain/alpha0_seed1"])
+        pretrain.save_tables("runs/pretrain/alpha0_seed1", after={("varying", 3): (0.5, 0.4, 0.6)})
         with self.assertRaisesRegex(pretrain.UserError, "other tables"):
-            analyze.main(["accuracy", "runs/results/alpha0", "runs/pretrain/alpha0"])
-        pretrain.write_file("runs/pretrain/alpha0/accuracies.json", b"[1]")
+            analyze.main(["accuracy", "runs/results/alpha0_seed1", "runs/pretrain/alpha0_seed1"])
+        pretrain.write_file("runs/pretrain/alpha0_seed1/accuracies.json", b"[1]")
         with self.assertRaisesRegex(pretrain.UserError, "not the folder of a finished run"):
-            analyze.main(["accuracy", "runs/pretrain/alpha0"])
+            analyze.main(["accuracy", "runs/pretrain/alpha0_seed1"])
         with self.assertRaisesRegex(pretrain.UserError, "^no runs are nowhere"):
             analyze.main(["all", "--runs", "nowhere"])
-        pretrain.write_file("runs/results/alpha3/settings.json", b'{"alpha": 3, "seed": 0, "lr": 1}')
+        pretrain.write_file("runs/results/alpha3_seed1/settings.json", b'{"alpha": 3, "seed": 0, "lr": 1}')
         with self.assertRaisesRegex(pretrain.UserError, "more than alpha"):
-            analyze.main(["alpha", "runs/results/alpha0", "runs/results/alpha3"])
+            analyze.main(["alpha", "runs/results/alpha0_seed1", "runs/results/alpha3_seed1"])
 
     def test_speed(self):
         """Every row is there; the count of operations, worked out by hand."""
