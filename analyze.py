@@ -661,7 +661,8 @@ class Work:
         pretrain.to_sample(self.policy)(torch.tensor([p[:shortest] for p in self.prompts], device=self.device))
 
     def draft(self):
-        speculate(pretrain.to_sample(self.policy), self.prompts, self.drafts, 0.001)
+        with pretrain.autocast(self.device):  # as write_answers does
+            speculate(self.policy, self.prompts, self.drafts, 0.001)
 
     def generate(self):
         generate(pretrain.to_sample(self.policy), self.prompts, self.policy.config.block_size, 0.001)
@@ -743,10 +744,10 @@ def speed(args):
             pairs = sample_problems(64, length, "varying", 1, facts["task"])
             prompts = [data.encode(data.prompt(a, b)) for a, b in pairs]
             right = solve(model, pairs, 1.0)[0].mean()
-            drafted = clock(lambda: pretrain.write_answers(model, pairs, 1.0, None), device, repeats)
+            helped = clock(lambda: pretrain.write_answers(model, pairs, 1.0, None), device, repeats)
             alone = clock(lambda: generate(pretrain.to_sample(model), prompts, model.config.block_size), device, repeats)
-            print(f"  {length} digits, {right:.0%} right: {drafted:.2f} s with drafts, {alone:.2f} s token by token: "
-                  f"{alone / drafted:.2f} times as fast")
+            print(f"  {length} digits, {right:.0%} right: {helped:.2f} s with drafts, {alone:.2f} s token by token: "
+                  f"{alone / helped:.2f} times as fast")
 
     # 4. How it grows.
     print(f"\n{'tokens/s':<16} {'generate':>9} {'update':>9} {'pre-train':>10}")
