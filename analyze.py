@@ -55,10 +55,10 @@ def save_figure(figure, folder, name):
 
 # --------------------------------------------------------------------------- tokens: Figure 5, Table 1
 @torch.no_grad()
-def token_certainty(model, text, prompt_len):
+def token_certainty(model, text, prompt_len, temperature=1.0):
     """Certainty (len(text),) of the model's distribution at each character of the answer; 1 in the prompt."""
     logits, _ = model(torch.tensor([data.encode(text[:-1])], device=model.lm_head.weight.device))
-    return np.concatenate([np.ones(prompt_len), certainty(logits)[0, prompt_len - 1 :].cpu().numpy()])
+    return np.concatenate([np.ones(prompt_len), certainty(logits / temperature)[0, prompt_len - 1 :].cpu().numpy()])
 
 
 def table_1(texts, pairs, certainties, n_digits):
@@ -143,7 +143,8 @@ def answers(args):
 
 def tokens(args):
     model, n_digits, pairs, correct, texts, how = answers(args)
-    certainties = [token_certainty(model, text, len(data.prompt(a, b))) for text, (a, b) in zip(texts, pairs)]
+    certainties = [token_certainty(model, text, len(data.prompt(a, b)), args.temperature or 1.0)
+                   for text, (a, b) in zip(texts, pairs)]
 
     order = np.argsort(correct, kind="stable")[: args.show]  # failures first: they show the most
     titles = [f"{pairs[i][0]}{pairs[i][1]:+}: {'right' if correct[i] else 'wrong'}" for i in order]
@@ -200,7 +201,7 @@ EXPONENTS = (0, 1, 3, 10, 30, 100, 300, 1000)  # the paper's Figure 6
 
 
 @torch.no_grad()
-def certainty_by_place(model, pairs, n_digits):
+def certainty_by_place(model, pairs, n_digits, temperature=1.0):
     """Fed the right answers: {place: [(certainty, 1.0 if the most likely token is wrong else 0.0, nats), ...]}.
 
     A place is data.place's ("line 1, operand 2"), and "critical" for the critical tokens in it. nats is -log of the right
@@ -210,7 +211,7 @@ def certainty_by_place(model, pairs, n_digits):
     for a, b in pairs:
         text, device = data.prompt(a, b) + data.answer(a, b), model.lm_head.weight.device
         ids = torch.tensor([data.encode(text)], device=device)
-        logits, _ = model(ids[:, :-1])
+        logits = model(ids[:, :-1])[0] / temperature
         sure, wrong = certainty(logits)[0].tolist(), (logits.argmax(-1) != ids[:, 1:])[0].float().tolist()
         nats = (-ppo.token_logp(logits, ids[:, 1:]))[0].tolist()
         critical = data.critical_positions(a, b, n_digits).values()
@@ -223,7 +224,7 @@ def certainty_by_place(model, pairs, n_digits):
 def show_certainty(args):
     """Where the model is unsure, whether it errs more where it is, and how much of the KL a weight takes away."""
     model, n_digits, pairs, _, _, how = answers(args)
-    places = certainty_by_place(model, pairs, n_digits)
+    places = certainty_by_place(model, pairs, n_digits, args.temperature or 1.0)
     print(f"{how}\n\nfed the right answers\n{'place':<30} {'tokens':>7} {'certainty':>10} {'lowest':>8} {'wrong':>7} {'nats':>7}")
     for place, values in sorted(places.items()):
         sure, wrong, nats = np.array(values).T
@@ -784,7 +785,8 @@ def main(argv=None):
         verb.add_argument("checkpoint", help="a model.pt of pretrain.py or ppo.py")
         verb.add_argument("--problems", type=pretrain.COUNT, default=problems, help="held-out problems to solve")
         verb.add_argument("--extra_digits", type=within(int, 0, 50), default=1, help="k: problems of N+k digits")
-        verb.add_argument("--temperature", type=within(float, 0, 1e3), default=0.0, help="0 = greedy")
+        verb.add_argument("--temperature", type=within(float, 0, 1e3), default=0.0,
+                          help="of sampling and of certainties; 0 = greedy, with certainties at 1")
         verb.add_argument("--seed", type=pretrain.SEED, default=1, help="of the problems and the sampling")
         verb.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
         verb.set_defaults(run=run)

@@ -1189,6 +1189,12 @@ class Analyze(unittest.TestCase):
         wrong = sum(wrong for values in places.values() for _, wrong, _ in values)
         self.assertEqual(wrong, len(data.answer(12, 3).replace("\n", "")))
         self.assertEqual({sure for values in places.values() for sure, _, _ in values}, {0.0})
+        with torch.no_grad():  # logits 3 for the line break and 0 for the other 39: at temperature 3 its odds are e to 1
+            model.transformer.ln_f.bias[0] = model.lm_head.weight[0, 0] = 3**0.5
+        (_, _, nats), *_ = analyze.certainty_by_place(model, [(12, 3)], 1, temperature=3.0)["tag"]
+        self.assertAlmostEqual(nats, math.log(math.e + 39) - 1, places=5)
+        with torch.no_grad():
+            model.lm_head.weight[0, 0] = 0.0
         enter_a_new_folder(self)
         with mock.patch.object(analyze, "answers", return_value=(model, 1, [(12, 3)], None, [], "how")):
             _, printed = quiet(analyze.main, ["certainty", "model.pt"])
