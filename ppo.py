@@ -299,7 +299,7 @@ def parse_args(argv):
     add("--entropy_coef", type=rate, default=0.0005, help="coefficient of the entropy bonus")
     add("--gamma", type=share, default=1.0, help="discount")
     add("--gae_lambda", type=share, default=1.0, help="lambda of GAE; 1: the final reward reaches all tokens alike")
-    add("--temperature", type=within(float, 1e-3, 1e3), default=1.0, help="of sampling and of all log-probabilities")
+    add("--temperature", type=within(float, 1e-3, 1e3), default=2.0, help="of sampling and of all log-probabilities")
     add("--eval_every", type=COUNT, default=5, help="iterations between evaluations on held-out problems")
     add("--eval_problems", type=COUNT, default=64, help="held-out problems in each of these")
     add("--final_problems", type=COUNT, default=250, help="held-out problems in each cell of the final tables")
