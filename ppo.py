@@ -243,26 +243,29 @@ def evaluate(policy, problems_n, problems_nk, old_problems, temperature):
 
 
 def explain(batch, pairs, args):
-    """Print a rollout's first wrong episode token by token: where the models are sure, what a token costs and earns."""
-    i = int(batch["success"].argmin())
-    (a, b), T = pairs[i], int(batch["lengths"][i])
-    text = data.decode([*batch["states"][i, :T].tolist(), batch["actions"][i, T - 1].item()])
+    """Print, of a rollout's answers without an error, the one with the largest penalty, token by token: where the models
+    are sure, what a token costs and earns. If none is without an error, it is the first answer."""
+    log_ratio, sure = batch["old_logp"] - batch["ref_logp"], certainty(batch["ref_logits"])
+    penalty = kl_penalty(batch["old_logp"], batch, args)
+    texts = [data.decode([state[0], *actions[:n]]) for state, actions, n in
+             zip(batch["states"].tolist(), batch["actions"].tolist(), batch["lengths"].tolist())]
+    flawless = [float(data.first_error(text, a, b) is None) for text, (a, b) in zip(texts, pairs)]
+    i = int(((penalty * batch["mask"]).sum(1) * penalty.new_tensor(flawless)).argmax())
+    (a, b), text, T = pairs[i], texts[i], int(batch["lengths"][i])
     print(f"\n{text}")
     print(textwrap.fill(f"ids of the prompt: {data.encode(data.prompt(a, b))}", 100))
     print(f"reward {batch['success'][i]:.0f} ({data.describe_error(text, a, b)}); "
           f"mean reward of {len(pairs)} episodes {batch['success'].mean():.2f}\n")
-    log_ratio, sure = batch["old_logp"] - batch["ref_logp"], certainty(batch["ref_logits"])
-    penalty = kl_penalty(batch["old_logp"], batch, args)
     normalized = normalize(batch["advantages"], batch["mask"])
     loss = -normalized + args.kl_coef * penalty  # the ratio is 1; the entropy bonus and the critic's loss are left out
     print(" character id   logit logp_ref     logp  log-ratio certainty weight penalty   GAE  (norm.)     loss")
     hidden = 0
     for t in batch["mask"][i].nonzero()[:, 0].tolist():
-        if sure[i, t] > 0.999 and abs(log_ratio[i, t]) < 0.001 and t + 1 < T:
+        if sure[i, t] > 0.9 and abs(log_ratio[i, t]) < 0.2 and t + 1 < T:
             hidden += 1
             continue
         if hidden:
-            print(f"    ... {hidden} of which both models are certain")
+            print(f"    ... {hidden} where the models are sure, and agree")
         hidden, token = 0, batch["actions"][i, t].item()
         print(f"{data.decode([token])!r:>9} {token:3d} {batch['ref_logits'][i, t, token]:7.2f} "
               f"{batch['ref_logp'][i, t]:8.4f} {batch['old_logp'][i, t]:8.4f} {log_ratio[i, t]:10.4f} "
