@@ -573,15 +573,16 @@ def sweep(args):
 
 
 # --------------------------------------------------------------------------- all
-MAIN = "results/alpha0_* results/alpha3_* results/alpha100_* results/none_*"  # fewer lines than all of them
+FEW = "results/alpha0_* results/alpha3_* results/alpha100_* results/none_*"  # fewer lines than all of them
 ALL = {  # runs under assets/runs: what is made of them
     "pretrain/*": ("accuracy",),
     "settings/*": ("accuracy",),
     "no_ratio/*": ("accuracy",),
-    "default/*": ("accuracy", "controls"),
+    "default/*": ("accuracy", "controls", "frontier", "curves", "drift"),
+    "cool/*": ("accuracy", "controls"),
     "results/*": ("accuracy", "controls", "frontier"),
     "results/alpha*_seed1": ("alpha",),
-    MAIN: ("curves", "critical", "drift"),
+    FEW: ("curves", "critical", "drift"),
     "high_lr/*": ("accuracy", "controls", "frontier", "drift"),
     "coarse/*": ("accuracy",),
 }
