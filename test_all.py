@@ -1112,6 +1112,20 @@ class PPO(unittest.TestCase):
         self.assertAlmostEqual(found["p_critical"], sum(p) / 3, delta=0.01)
         self.assertTrue(math.isnan(found["p_l1o2"]))
 
+    def test_explain_shows_the_flawless_answer_that_costs_most(self):
+        pairs = [(12, 3), (45, 1), (7, 8)]
+        ids, prompt_len, lengths = pretrain.to_batch(pairs, CPU)
+        states, actions, mask = split_actions(ids, prompt_len, lengths)
+        actions[2, lengths[2] - 2] = data.encode(" ")[0]  # the third costs more, but has an error
+        zeros, ref_logp = torch.zeros_like(mask), -torch.tensor([[1.0], [2.0], [3.0]]) * mask
+        batch = dict(states=states, actions=actions, mask=mask, lengths=lengths - 1, success=torch.tensor([1.0, 1.0, 0.0]),
+                     old_logp=zeros, ref_logp=ref_logp, ref_logits=torch.zeros(*mask.shape, len(data.VOCAB)),
+                     weight=mask, advantages=zeros)
+        _, printed = quiet(ppo.explain, batch, pairs, ppo.parse_args(["--alpha", "0"]))
+        self.assertIn("Input:\n45+1\nTarget:", printed)
+        self.assertIn("reward 1 (no error)", printed)
+        self.assertRegex(printed, r"2\.0000 +0\.0000 +1\.000 +2\.0000")  # log-ratio, certainty, weight, 2^2 / 2
+
 
 class Analyze(unittest.TestCase):
     def test_first_error_and_where(self):
