@@ -577,6 +577,7 @@ FEW = "results/alpha0_* results/alpha3_* results/alpha100_* results/none_*"  # f
 ALL = {  # runs under assets/runs: what is made of them
     "pretrain/*": ("accuracy",),
     "settings/*": ("accuracy",),
+    "ratio/*": ("accuracy",),
     "no_ratio/*": ("accuracy",),
     "default/*": ("accuracy", "controls", "frontier", "curves", "drift"),
     "cool/*": ("accuracy", "controls"),
