@@ -308,6 +308,18 @@ def group_runs(runs):
     return groups
 
 
+def units(values):
+    """{(model, seed): value} -> [value, ...]: what is resampled for an interval.
+
+    Runs from one pre-trained model are more alike than others, so each model counts once, with the mean over its RL
+    seeds; of a single model, each seed does.
+    """
+    models = {}
+    for (model, _), value in values.items():
+        models.setdefault(model, []).append(value)
+    return list(values.values()) if len(models) == 1 else [np.mean(x) for x in models.values()]
+
+
 def curves(args):
     groups = group_runs([load_run(folder) for folder in args.runs])
     logs = [log for members in groups.values() for log in members]
@@ -345,22 +357,24 @@ def curves(args):
 def accuracy_rows(runs):
     """[(settings, (accuracies.json, log))] -> [[label, runs, cell, ..., KL]]: a row for equal settings but the seeds.
 
-    A cell is the mean in % with its 95% interval: over the runs, or, of a single one, over its problems. Where RL began
-    at other accuracies than in the rows above, a row says so.
+    A cell is the mean in % with its 95% interval: over the pre-trained models (see units), or, of a single run, over its
+    problems. Where RL began at other accuracies than in the rows above, a row says so.
     """
     rows, began = [], None
-    for name, members in group_runs(runs).items():
+    for name, members in group_runs([(settings, ((settings.get("checkpoint"), settings["seed"]), *what))
+                                     for settings, what in runs]).items():
         for when in ("before", "after"):
-            tables = [tables[when] for tables, _ in members if when in tables]
+            tables = {run: tables[when] for run, tables, _ in members if when in tables}
             cells = []
-            for cell in tables[0] if tables else ():
-                mean, low, high = bootstrap([x[cell][0] for x in tables]) if len(tables) > 1 else tables[0][cell]
+            for cell in next(iter(tables.values()), ()):
+                values = units({run: table[cell][0] for run, table in tables.items()})
+                mean, low, high = bootstrap(values) if len(tables) > 1 else tables[members[0][0]][cell]
                 cells.append(f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
             means = [cell.split()[0] for cell in cells]
             if when == "before" and cells and means != began:
                 began = means
                 rows.append(["before", str(len(members)), *cells, ""])
-        kl = f"{np.mean([log['kl'][-1] for _, log in members]):.4f}" if "kl" in members[0][1] else ""
+        kl = f"{np.mean([log['kl'][-1] for *_, log in members]):.4f}" if "kl" in members[0][2] else ""
         rows.append([name, str(len(members)), *cells, kl])
     return rows
 
@@ -410,18 +424,6 @@ def outcome(tables, log, level=0.8):
 def paired(these, those):
     """{(model, seed): value} of two settings -> {(model, seed): difference}, of the runs that both have."""
     return {run: these[run] - those[run] for run in these if run in those}
-
-
-def units(values):
-    """{(model, seed): value} -> [value, ...]: what is resampled for an interval.
-
-    Runs from one pre-trained model are more alike than others, so each model counts once, with the mean over its RL
-    seeds; of a single model, each seed does.
-    """
-    models = {}
-    for (model, _), value in values.items():
-        models.setdefault(model, []).append(value)
-    return list(values.values()) if len(models) == 1 else [np.mean(x) for x in models.values()]
 
 
 def compare(args):
@@ -742,7 +744,7 @@ def speed(args):
     # 3. What a draft saves depends on how much of it the model would write itself.
     if args.checkpoint:
         model, facts = pretrain.load_checkpoint(args.checkpoint, device)
-        print(f"\n64 answers of {args.checkpoint}, sampled")
+        print(f"\n64 answers of {args.checkpoint}, sampled at temperature 1")
         for length in (facts["digits"], facts["digits"] + 1):
             pairs = sample_problems(64, length, "varying", 1, facts["task"])
             prompts = [data.encode(data.prompt(a, b)) for a, b in pairs]

@@ -1250,9 +1250,12 @@ class Analyze(unittest.TestCase):
             ["before", "2", "50.0 [50.0, 50.0]", ""], ["alpha 0", "2", "50.0 [50.0, 50.0]", "0.0500"],
             ["before", "1", "25.0 [15.0, 35.0]", ""], ["alpha 3", "1", "25.0 [15.0, 35.0]", "0.0250"],
         ])  # fmt: skip
+        repeats = [(settings | dict(checkpoint=model), what) for model, seed, score in (("a", 0, 0.0), ("a", 1, 0.5), ("b", 0, 0.25))
+                   for settings, what in [run(3.0, seed, score)]]
+        self.assertEqual(analyze.accuracy_rows(repeats)[1][2], "25.0 [25.0, 25.0]", "each model counts once")
         enter_a_new_folder(self)
         os.mkdir("r")
-        pretrain.write_file("r/settings.json", b"{}")
+        pretrain.write_file("r/settings.json", b'{"seed": 0}')
         pretrain.write_file("r/log.csv", b"step,loss\n1,2\n")
         with self.assertRaisesRegex(pretrain.UserError, "^r is not the folder of a finished run"):
             analyze.main(["accuracy", "r"])
