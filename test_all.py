@@ -1723,11 +1723,11 @@ class Survives(unittest.TestCase):
         steps = itertools.count(1)
         loss = pretrain.answer_loss
         with mock.patch.object(pretrain, "SAVE_SECONDS", 0), mock.patch.object(
-            pretrain, "answer_loss", lambda *args: loss(*args) * (math.nan if next(steps) == 237 else 1)
+            pretrain, "answer_loss", lambda *args: loss(*args) * (math.nan if next(steps) == 137 else 1)
         ):
-            with self.assertRaisesRegex(pretrain.UserError, "^loss is nan at step 237; lower --lr"):
+            with self.assertRaisesRegex(pretrain.UserError, "^loss is nan at step 137; lower --lr"):
                 quiet(pretrain.main, self.PRETRAIN)
-        self.assertEqual(pretrain.read_file("p/state.pt", dict)["step"], 200)
+        self.assertEqual(pretrain.read_file("p/state.pt", dict)["step"], 100)
         gae = ppo.gae
         with mock.patch.object(ppo, "gae", lambda *args: gae(*args) * math.inf):
             with self.assertRaisesRegex(pretrain.UserError, "^advantages is (nan|inf|-inf) at iteration 1; lower --lr"):
