@@ -589,6 +589,7 @@ ALL = {  # runs under assets/runs: what is made of them
     FEW: ("curves", "critical", "drift"),
     "high_lr/*": ("accuracy", "controls", "frontier", "drift"),
     "coarse/*": ("accuracy",),
+    "pilot/*": ("accuracy",),
 }
 
 
