@@ -361,7 +361,7 @@ def accuracy_rows(runs):
     problems. Where RL began at other accuracies than in the rows above, a row says so.
     """
     rows, began = [], None
-    for name, members in group_runs([(settings, ((settings.get("checkpoint"), settings["seed"]), *what))
+    for name, members in group_runs([(settings, ((settings.get("checkpoint"), settings.get("seed")), *what))
                                      for settings, what in runs]).items():
         for when in ("before", "after"):
             tables = {run: tables[when] for run, tables, _ in members if when in tables}
@@ -575,7 +575,6 @@ def sweep(args):
 
 
 # --------------------------------------------------------------------------- all
-FEW = "results/alpha0_* results/alpha3_* results/alpha100_* results/none_*"  # fewer lines than all of them
 ALL = {  # runs under assets/runs: what is made of them
     "pretrain/*": ("accuracy",),
     "settings/*": ("accuracy",),
@@ -586,7 +585,7 @@ ALL = {  # runs under assets/runs: what is made of them
     "cool/*": ("accuracy", "controls"),
     "results/*": ("accuracy", "controls", "frontier"),
     "results/alpha*_seed1": ("alpha",),
-    FEW: ("curves", "critical", "drift"),
+    "results/alpha0_* results/alpha3_* results/alpha100_* results/none_*": ("curves", "critical", "drift"),
     "high_lr/*": ("accuracy", "controls", "frontier", "drift"),
     "coarse/*": ("accuracy",),
     "pilot/*": ("accuracy",),

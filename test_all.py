@@ -1255,7 +1255,7 @@ class Analyze(unittest.TestCase):
         self.assertEqual(analyze.accuracy_rows(repeats)[1][2], "25.0 [25.0, 25.0]", "each model counts once")
         enter_a_new_folder(self)
         os.mkdir("r")
-        pretrain.write_file("r/settings.json", b'{"seed": 0}')
+        pretrain.write_file("r/settings.json", b"{}")
         pretrain.write_file("r/log.csv", b"step,loss\n1,2\n")
         with self.assertRaisesRegex(pretrain.UserError, "^r is not the folder of a finished run"):
             analyze.main(["accuracy", "r"])
