@@ -475,23 +475,57 @@ def compare(args):
 
 
 # --------------------------------------------------------------------------- frontier
+COST = {"kl": ".4f", "ce_old": ".5f", "sampled_n": ".2f"}  # column of the log: how its mean is printed
+
+
+def frontier_points(runs):
+    """Finished runs -> {method: {kl_coef: [runs, {column: (mean, low, high)}]}}: what was learned, at what cost.
+
+    The columns are the accuracies on N+k and those of COST, at the end; a method is what settings but kl_coef have in common.
+    """
+    last = list(runs[0][1][0]["after"])[-1].split()[1]
+    groups = group_runs([(settings | dict(kl_coef=None, seed=(settings["seed"], settings.get("kl_coef"))), (settings, *what))
+                         for settings, what in runs])
+    points = {method: {} for method in groups}
+    for method, members in groups.items():
+        for coef in sorted({settings.get("kl_coef", 0) for settings, *_ in members}):
+            values = {}  # column: {(model, seed): value}
+            for settings, tables, log in members:
+                if settings.get("kl_coef", 0) == coef:
+                    columns = {cell: x[0] for cell, x in tables["after"].items() if cell.split()[1] == last}
+                    for column, x in (columns | {name: log[name][-1] for name in COST}).items():
+                        values.setdefault(column, {})[settings.get("checkpoint"), settings["seed"]] = x
+            points[method][coef] = [len(values["kl"]), {column: bootstrap(units(x)) for column, x in values.items()}]
+    return points
+
+
 def frontier(args):
-    """What was learned against what it cost: a point a run, the lower right corner is where nobody wants to be."""
-    groups = group_runs(load_finished(args.runs, ("kl", "ce_old", "sampled_n")))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True)
-    print("| setting | runs | final accuracy on varying N+k, % | KL | cross-entropy on 1..N | sampled on N, % |\n"
-          "|---|---|---|---|---|---|")
-    for i, (label, members) in enumerate(groups.items()):
-        learned = [100 * list(tables["after"].values())[-1][0] for tables, _ in members]
-        last = {name: [log[name][-1] for _, log in members] for name in ("kl", "ce_old", "sampled_n")}
-        print(f"| {label} | {len(members)} | {np.mean(learned):.1f} | {np.mean(last['kl']):.4f} | "
-              f"{np.mean(last['ce_old']):.6f} | {100 * np.mean(last['sampled_n']):.1f} |")
-        for axis, name in zip(axes, ("kl", "ce_old")):
-            axis.scatter(last[name], learned, marker="osv^DX*P"[i % 8], color=f"C{i}", edgecolor="0.2", label=label)
-    axes[0].set(xlabel=PANELS["kl"], ylabel="final accuracy on varying N+k (%)", ylim=(0, 103))
-    axes[1].set(xlabel=PANELS["ce_old"], xscale="log")
-    axes[1].xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())  # the labels between the powers overlap
-    axes[1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    """What was learned against what it cost: a line a method, a point a coefficient. Coefficient 0 is on all lines."""
+    points = frontier_points(load_finished(args.runs, COST))
+    none = {0: by_coef[0] for by_coef in points.values() if 0 in by_coef}
+    columns = list(next(iter(next(iter(points.values())).values()))[1])
+    learned = [column for column in columns if column not in COST]
+    print("| setting | kl_coef | runs | " + " | ".join([*learned, "KL", "cross-entropy on 1..N", "sampled N"]) + " |\n" +
+          "|---" * (3 + len(columns)) + "|")
+    figure, axes = plt.subplots(len(learned), 3, figsize=(10.5, 3 * len(learned)), squeeze=False, sharey="row", sharex="col")
+    for i, (method, by_coef) in enumerate(points.items()):
+        for coef, (n, point) in by_coef.items():
+            print(f"| {method} | {coef:g} | {n} | " + " | ".join(
+                "{:{f}} [{:{f}}, {:{f}}]".format(*x, f=COST.get(column, ".3f")) for column, x in point.items()) + " |")
+        by_coef = none | by_coef
+        for row, column in enumerate(learned):
+            for axis, cost in zip(axes[row], COST):
+                x, y = (np.array([by_coef[coef][1][name] for coef in sorted(by_coef)]).T for name in (cost, column))
+                axis.errorbar(x[0], y[0], abs(y[1:] - y[0]), abs(x[1:] - x[0]), "osv^DX*P"[i % 8] + ("-", "--", ":")[i % 3],
+                              color=f"C{i}", elinewidth=0.5, markeredgecolor="0.2", label=method)
+                for coef, at in zip(sorted(by_coef), zip(x[0], y[0])):
+                    axis.annotate(f"{coef:g}", at, (4, 4), textcoords="offset points", fontsize=7)
+    for cost, axis in zip(COST, axes[-1]):
+        axis.set(xlabel=DRIFT[cost], xscale="linear" if cost == "sampled_n" else "log")
+        axis.tick_params(axis="x", which="both", labelsize=7)
+    for column, axis in zip(learned, axes[:, 0]):
+        axis.set(ylabel=f"accuracy, {column} digits (share)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, frameon=False)
     figure.tight_layout()
     save_figure(figure, args.out, "frontier.png")
 

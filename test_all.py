@@ -1312,13 +1312,31 @@ class Analyze(unittest.TestCase):
             self.assertIn(row, printed)  # (0.01 + 0.1) / 2 and (0.01 + 0.2) / 2; (0.1001 + 0.1) / 2 and (0.1001 + 0.2) / 2
             self.assertTrue(os.path.exists(f"out/figures/{verb}.png"))
 
+    def test_frontier_by_hand(self):
+        """Two models, two coefficients and one run without a penalty; a model with two seeds counts once."""
+        def run(alpha, coef, model, seed, score, kl):
+            table = {"identical 5": [1.0, 1, 1], "identical 6": [score / 2, 0, 1], "varying 5": [1.0, 1, 1], "varying 6": [score, 0, 1]}
+            log = dict(kl=np.array([0, kl]), ce_old=np.array([9, kl / 2]), sampled_n=np.array([0.3, 0.25]))
+            return dict(alpha=alpha, kl_coef=coef, checkpoint=model, seed=seed), (dict(before=table, after=table), log)
+        points = analyze.frontier_points([
+            run(0.0, 0.1, "a", 0, 0.2, 0.5), run(0.0, 0.1, "a", 1, 0.4, 0.5), run(0.0, 0.1, "b", 0, 0.5, 1.5),
+            run(0.0, 0.3, "a", 0, 0.1, 0.25), run(3.0, 0.0, "a", 0, 0.75, 2.0)])  # fmt: skip
+        self.assertEqual({method: list(by_coef) for method, by_coef in points.items()}, {"alpha 0": [0.1, 0.3], "alpha 3": [0.0]})
+        n, columns = points["alpha 0"][0.1]
+        self.assertEqual((n, list(columns)), (3, ["identical 6", "varying 6", "kl", "ce_old", "sampled_n"]))
+        means = {"identical 6": 0.2, "varying 6": 0.4, "kl": 1.0, "ce_old": 0.5, "sampled_n": 0.25}
+        for column, mean in means.items():  # the model a has 0.3, the model b 0.5
+            self.assertAlmostEqual(columns[column][0], mean)
+        self.assertEqual(columns["kl"][1:], (0.5, 1.5), "resampling two models reaches both")
+        self.assertEqual(points["alpha 3"][0.0][1]["varying 6"], (0.75, 0.75, 0.75))
+
     def test_all_and_frontier(self):
         enter_a_new_folder(self)
         for name in {os.path.dirname(pattern) for patterns in analyze.ALL for pattern in patterns.split()}:
             for alpha in (0, 3):
                 folder = f"runs/{name}/alpha{alpha}_seed1"
                 os.makedirs(folder)
-                settings = dict(alpha=alpha, seed=0) if name != "pretrain" else dict(seed=alpha)
+                settings = dict(alpha=alpha, kl_coef=0.1, seed=0) if name != "pretrain" else dict(seed=alpha)
                 pretrain.write_file(f"{folder}/settings.json", json.dumps(settings).encode())
                 log = "iteration,episodes,kl,success,greedy_n,sampled_n,greedy_nk,ce_old,p_critical,p_l1o1\n"
                 log += f"0,0,,,1,1,0.4,0.1,0.5,0.5\n1,10,0.{alpha + 1},0.5,1,0.75,0.8,0.2,0.6,0.6\n"
@@ -1326,7 +1344,8 @@ class Analyze(unittest.TestCase):
                 table = {("varying", 6): (0.5, 0.4, 0.6)}
                 pretrain.save_tables(folder, **(dict(before=table) if name != "pretrain" else {}), after=table)
         _, printed = quiet(analyze.main, ["all", "--runs", "runs"])
-        self.assertIn("| alpha 3 | 1 | 50.0 | 0.4000 | 0.200000 | 75.0 |", printed)
+        self.assertIn("| alpha 3 | 0.1 | 1 | 0.500 [0.500, 0.500] | 0.4000 [0.4000, 0.4000] | 0.20000 [0.20000, 0.20000] | "
+                      "0.75 [0.75, 0.75] |", printed)
         for name in ("alpha", "controls", "curves", "critical", "drift", "frontier"):
             self.assertTrue(os.path.exists(f"out/figures/results/{name}.png"), name)
         for verb in ("alpha", "controls", "frontier"):
