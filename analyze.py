@@ -620,6 +620,7 @@ ALL = {  # runs under assets/runs: what is made of them
     "results/*": ("accuracy", "controls", "frontier"),
     "results/alpha*_seed1": ("alpha",),
     "results/alpha0_* results/alpha3_* results/alpha100_* results/none_*": ("curves", "critical", "drift"),
+    "high_lr_t2/kl0.1_alpha0_* high_lr_t2/*": ("accuracy", "controls", "frontier"),
     "high_lr/*": ("accuracy", "controls", "frontier", "drift"),
     "coarse/*": ("accuracy",),
     "pilot/*": ("accuracy",),
