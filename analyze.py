@@ -845,7 +845,7 @@ def main(argv=None):
     verb.add_argument("runs", nargs="+", help="folders of runs of ppo.py")
     verb.set_defaults(run=curves, panels=DRIFT)
 
-    verb = verbs.add_parser("frontier", help="what was learned against what it cost, a point a run")
+    verb = verbs.add_parser("frontier", help="what was learned against what it cost: a line a method, a point a coefficient")
     verb.add_argument("runs", nargs="+", help="folders of finished runs of ppo.py")
     verb.set_defaults(run=frontier)
 
