@@ -355,7 +355,7 @@ def curves(args):
 
 # --------------------------------------------------------------------------- accuracy: Tables 4 and 5
 def accuracy_rows(runs):
-    """[(settings, (accuracies.json, log))] -> [[label, runs, cell, ..., KL]]: a row for equal settings but the seeds.
+    """[(settings, (tables, log))] -> [[label, runs, cell, ..., KL]]: a row for equal settings but the seeds.
 
     A cell is the mean in % with its 95% interval: over the pre-trained models (see units), or, of a single run, over its
     problems. Where RL began at other accuracies than in the rows above, a row says so.
@@ -379,17 +379,27 @@ def accuracy_rows(runs):
     return rows
 
 
+def from_n(cell, n_digits):
+    """"varying 6" -> "varying N+1" for N = 5: so runs of different N fit one table."""
+    mode, length = cell.split()
+    return f"{mode} N+{int(length) - n_digits}".removesuffix("+0")
+
+
 def load_finished(folders, columns=()):
-    """Folders of finished runs, of one script -> [(settings, (accuracies.json, log))]; their logs need the columns."""
+    """Folders of finished runs, of one script -> [(settings, (tables, log))]; their logs need the columns.
+
+    The tables are those of accuracies.json, their cells named by from_n.
+    """
     runs = []
     for folder in dict.fromkeys(folders):
         settings, log = load_run(folder)
         try:
             with open(os.path.join(folder, "accuracies.json")) as f:
-                tables = dict(json.load(f))
+                tables = {when: {from_n(cell, settings["digits"]): x for cell, x in table.items()}
+                          for when, table in json.load(f).items()}
             if list(tables["after"]) != list(runs[0][1][0]["after"] if runs else tables["after"]):
-                raise UserError(f"{folder} has other tables than {folders[0]}; give runs of one script and one N")
-        except (OSError, ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{folder} has other tables than {folders[0]}; give runs of one script, on N+k digits of one k")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{folder} is not the folder of a finished run ({error}); run its command again") from None
         if not set(columns) <= set(log):
             raise UserError(f"{folder} is not a run of ppo.py: its log has no {', '.join(columns)}; leave it out")
@@ -524,7 +534,7 @@ def frontier(args):
         axis.set(xlabel=DRIFT[cost], xscale="linear" if cost == "sampled_n" else "log")
         axis.tick_params(axis="x", which="both", labelsize=7)
     for column, axis in zip(learned, axes[:, 0]):
-        axis.set(ylabel=f"accuracy, {column} digits (share)")
+        axis.set(ylabel=f"accuracy, {column} (share)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, frameon=False)
     figure.tight_layout()
     save_figure(figure, args.out, "frontier.png")

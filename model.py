@@ -15,6 +15,8 @@ from data import VOCAB
 
 PRESETS = {
     "small": dict(n_layer=4, n_head=4, n_embd=128),  # 0.9M parameters: learns to add in minutes on a laptop
+    "narrow": dict(n_layer=4, n_head=4, n_embd=64),  # half its width
+    "wide": dict(n_layer=4, n_head=4, n_embd=256),  # twice its width
     "paper": dict(n_layer=12, n_head=12, n_embd=768),  # 85M parameters: the paper's model, for a GPU
 }
 

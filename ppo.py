@@ -289,7 +289,7 @@ def parse_args(argv):
     add("--digits", type=within(int, 1, 25), default=5, help="N: the model was pre-trained on 1..N digits")
     add("--task", choices=data.TASKS, default=data.TASKS[0], help="what the problems are")
     add("--extra_digits", type=within(int, 1, 5), default=1, help="k: fine-tune on N+k digits")
-    add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")
+    add("--preset", choices=PRESETS, default="small", help="model size: small (narrow, wide) for a laptop, paper for a GPU")
     add("--checkpoint", default="", help="pre-trained model (default: that of pretrain.py's settings%(default)s)")
     add("--pretrain_seed", type=SEED, default=0, help="seed of the default pre-trained model")
     add("--iterations", type=within(int, 0, 10**9), default=20, help="of rollout and update")

@@ -415,7 +415,7 @@ def parse_args(argv):
     add = ap.add_argument
     add("--digits", type=within(int, 1, 25), default=5, help="N: train on operands of 1..N digits")
     add("--task", choices=data.TASKS, default=data.TASKS[0], help="what the problems are")
-    add("--preset", choices=PRESETS, default="small", help="model size: small for a laptop, paper for a GPU")
+    add("--preset", choices=PRESETS, default="small", help="model size: small (narrow, wide) for a laptop, paper for a GPU")
     add("--steps", type=COUNT, default=3500, help="optimizer steps")
     add("--batch_size", type=COUNT, default=8, help="worked problems a step")
     add("--lr", type=within(float, 0, 1e3), default=3e-3, help="peak learning rate of Muon and AdamW")

@@ -1255,13 +1255,23 @@ class Analyze(unittest.TestCase):
         self.assertEqual(analyze.accuracy_rows(repeats)[1][2], "25.0 [25.0, 25.0]", "each model counts once")
         enter_a_new_folder(self)
         os.mkdir("r")
-        pretrain.write_file("r/settings.json", b"{}")
+        pretrain.write_file("r/settings.json", b'{"digits": 1}')
         pretrain.write_file("r/log.csv", b"step,loss\n1,2\n")
         with self.assertRaisesRegex(pretrain.UserError, "^r is not the folder of a finished run"):
             analyze.main(["accuracy", "r"])
         pretrain.save_tables("r", after={("identical", 2): (0.25, 0.0, 1.0)})
         _, printed = quiet(analyze.main, ["accuracy", "r"])
+        self.assertIn("| setting | runs | identical N+1 | KL |", printed)
         self.assertIn("| all runs | 1 | 25.0 [0.0, 100.0] |  |", printed)
+        os.mkdir("s")
+        pretrain.write_file("s/settings.json", b'{"digits": 4}')
+        pretrain.write_file("s/log.csv", b"step,loss\n1,2\n")
+        pretrain.save_tables("s", after={("identical", 5): (0.5, 0.25, 0.75)})
+        _, printed = quiet(analyze.main, ["accuracy", "r", "s"])  # N+1 is N+1, whatever N
+        self.assertIn("| digits 1 | 1 | 25.0 [0.0, 100.0] |  |\n| digits 4 | 1 | 50.0 [25.0, 75.0] |  |", printed)
+        pretrain.save_tables("s", after={("identical", 6): (0.5, 0.25, 0.75)})
+        with self.assertRaisesRegex(pretrain.UserError, "^s has other tables than r"):
+            analyze.main(["accuracy", "r", "s"])
 
     def test_groups_and_labels(self):
         runs = [(dict(alpha=a, seed=s, lr=1), {"x": a}) for a in (0, 3) for s in (0, 1)]
@@ -1301,7 +1311,7 @@ class Analyze(unittest.TestCase):
         for alpha, seed, final in ((0, 1, 0.5), (0, 2, 0.7), (100, 1, 0.9), (100, 2, 0.9)):
             folder = f"a{alpha}s{seed}"
             os.mkdir(folder)
-            pretrain.write_file(f"{folder}/settings.json", json.dumps(dict(alpha=alpha, seed=seed)).encode())
+            pretrain.write_file(f"{folder}/settings.json", json.dumps(dict(alpha=alpha, seed=seed, digits=5)).encode())
             pretrain.write_file(f"{folder}/log.csv", f"iteration,episodes,success,greedy_nk\n0,0,,0.4\n1,10,0.{alpha}1,\n2,20,0.{seed},0.8\n".encode())
             table = {("varying", 6): (final, final, final)}
             pretrain.save_tables(folder, before=table, after=table)
@@ -1315,7 +1325,7 @@ class Analyze(unittest.TestCase):
     def test_frontier_by_hand(self):
         """Two models, two coefficients and one run without a penalty; a model with two seeds counts once."""
         def run(alpha, coef, model, seed, score, kl):
-            table = {"identical 5": [1.0, 1, 1], "identical 6": [score / 2, 0, 1], "varying 5": [1.0, 1, 1], "varying 6": [score, 0, 1]}
+            table = {"identical N": [1.0, 1, 1], "identical N+1": [score / 2, 0, 1], "varying N": [1.0, 1, 1], "varying N+1": [score, 0, 1]}
             log = dict(kl=np.array([0, kl]), ce_old=np.array([9, kl / 2]), sampled_n=np.array([0.3, 0.25]))
             return dict(alpha=alpha, kl_coef=coef, checkpoint=model, seed=seed), (dict(before=table, after=table), log)
         points = analyze.frontier_points([
@@ -1323,12 +1333,12 @@ class Analyze(unittest.TestCase):
             run(0.0, 0.3, "a", 0, 0.1, 0.25), run(3.0, 0.0, "a", 0, 0.75, 2.0)])  # fmt: skip
         self.assertEqual({method: list(by_coef) for method, by_coef in points.items()}, {"alpha 0": [0.1, 0.3], "alpha 3": [0.0]})
         n, columns = points["alpha 0"][0.1]
-        self.assertEqual((n, list(columns)), (3, ["identical 6", "varying 6", "kl", "ce_old", "sampled_n"]))
-        means = {"identical 6": 0.2, "varying 6": 0.4, "kl": 1.0, "ce_old": 0.5, "sampled_n": 0.25}
+        self.assertEqual((n, list(columns)), (3, ["identical N+1", "varying N+1", "kl", "ce_old", "sampled_n"]))
+        means = {"identical N+1": 0.2, "varying N+1": 0.4, "kl": 1.0, "ce_old": 0.5, "sampled_n": 0.25}
         for column, mean in means.items():  # the model a has 0.3, the model b 0.5
             self.assertAlmostEqual(columns[column][0], mean)
         self.assertEqual(columns["kl"][1:], (0.5, 1.5), "resampling two models reaches both")
-        self.assertEqual(points["alpha 3"][0.0][1]["varying 6"], (0.75, 0.75, 0.75))
+        self.assertEqual(points["alpha 3"][0.0][1]["varying N+1"], (0.75, 0.75, 0.75))
 
     def test_all_and_frontier(self):
         enter_a_new_folder(self)
@@ -1336,7 +1346,7 @@ class Analyze(unittest.TestCase):
             for alpha in (0, 3):
                 folder = f"runs/{name}/alpha{alpha}_seed1"
                 os.makedirs(folder)
-                settings = dict(alpha=alpha, kl_coef=0.1, seed=0) if name != "pretrain" else dict(seed=alpha)
+                settings = dict(alpha=alpha, kl_coef=0.1, seed=0, digits=5) if name != "pretrain" else dict(seed=alpha, digits=5)
                 pretrain.write_file(f"{folder}/settings.json", json.dumps(settings).encode())
                 log = "iteration,episodes,kl,success,greedy_n,sampled_n,greedy_nk,ce_old,p_critical,p_l1o1\n"
                 log += f"0,0,,,1,1,0.4,0.1,0.5,0.5\n1,10,0.{alpha + 1},0.5,1,0.75,0.8,0.2,0.6,0.6\n"
@@ -1360,7 +1370,7 @@ class Analyze(unittest.TestCase):
             analyze.main(["accuracy", "runs/pretrain/alpha0_seed1"])
         with self.assertRaisesRegex(pretrain.UserError, "^no runs are nowhere"):
             analyze.main(["all", "--runs", "nowhere"])
-        pretrain.write_file("runs/results/alpha3_seed1/settings.json", b'{"alpha": 3, "seed": 0, "lr": 1}')
+        pretrain.write_file("runs/results/alpha3_seed1/settings.json", b'{"alpha": 3, "seed": 0, "lr": 1, "digits": 5}')
         with self.assertRaisesRegex(pretrain.UserError, "more than alpha"):
             analyze.main(["alpha", "runs/results/alpha0_seed1", "runs/results/alpha3_seed1"])
 
