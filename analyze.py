@@ -398,7 +398,7 @@ def load_finished(folders, columns=()):
                 tables = {when: {from_n(cell, settings["digits"]): x for cell, x in table.items()}
                           for when, table in json.load(f).items()}
             if list(tables["after"]) != list(runs[0][1][0]["after"] if runs else tables["after"]):
-                raise UserError(f"{folder} has other tables than {folders[0]}; give runs of one script, on N+k digits of one k")
+                raise UserError(f"{folder} has other tables than {folders[0]}; give runs of one script and one k")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{folder} is not the folder of a finished run ({error}); run its command again") from None
         if not set(columns) <= set(log):
@@ -416,10 +416,10 @@ def accuracy(args):
 
 # --------------------------------------------------------------------------- alpha, controls: Figure 6
 def outcome(tables, log, level=0.8):
-    """A run of ppo.py -> its final accuracy on varying N+k, the area under its curve, its episodes to the level.
+    """A run of ppo.py -> {"identical", "varying": final accuracy on N+k, "success": in training}, and episodes to the level.
 
-    The area is that of the success rate in training over the iterations: its mean, 0 to 1. The level is one of greedy_nk,
-    which is a straight line between evaluations; the episodes are nan if it never gets there.
+    Success is the area under the curve of the success rate over the iterations: its mean, 0 to 1. The level is one of
+    greedy_nk, which is a straight line between evaluations; the episodes are nan if it never gets there.
     """
     known = ~np.isnan(log["greedy_nk"])
     x, y = log["episodes"][known], log["greedy_nk"][known]
@@ -428,7 +428,8 @@ def outcome(tables, log, level=0.8):
         episodes = np.nan
     else:
         episodes = x[0] if i == 0 else x[i - 1] + (level - y[i - 1]) / (y[i] - y[i - 1]) * (x[i] - x[i - 1])
-    return list(tables["after"].values())[-1][0], np.nanmean(log["success"]), episodes
+    final = {cell.split()[0]: x[0] for cell, x in tables["after"].items()}  # N+k comes after N
+    return final | dict(success=np.nanmean(log["success"])), episodes
 
 
 def paired(these, those):
@@ -442,45 +443,48 @@ def compare(args):
     for settings, (tables, log) in load_finished(args.runs, ("episodes", "greedy_nk", "success")):
         if len(log["success"]) < 2:
             raise UserError(f"{args.verb} compares runs with one iteration or more; leave the others out")
-        seeds = settings.get("checkpoint"), settings["seed"]
-        final, area, episodes = outcome(tables, log)
-        runs.append((settings, (seeds, settings["alpha"], 100 * final, 100 * area, episodes)))
-    alike = [settings | dict(alpha=0) | dict.fromkeys(SEEDS) for settings, _ in runs]
-    if args.verb == "alpha" and any(x != alike[0] for x in alike):
-        raise UserError("these runs differ in more than alpha and the seeds; use controls, or leave some out")
-    groups = group_runs(runs)
-    first = next(iter(groups.values()))
-    print("| setting | runs | final accuracy on varying N+k, % | minus the first's | success in training, mean, % "
-          "| minus the first's | reached 80% | after episodes |\n|---|---|---|---|---|---|---|---|")
-    bars = []  # (label, alpha, final, low, high, area)
-    for label, members in groups.items():
-        episodes = [member[4] for member in members if member[4] == member[4]]
-        finals, areas = ({member[0]: member[i] for member in members} for i in (2, 3))
-        differences = []  # of the final accuracy and of the area; the first setting is not compared with itself
-        for i, values in ((2, finals), (3, areas)):
-            pairs = paired(values, {member[0]: member[i] for member in first})
-            known = len(pairs) > 1 and members is not first
-            differences.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(units(pairs))) if known else "")
-        (final, low, high), area = bootstrap(units(finals)), np.mean(units(areas))
-        after = f"{np.mean(episodes):,.0f}" if episodes else ""
-        bars.append((label, members[0][1], final, final - low, high - final, area))
-        print(f"| {label} | {len(members)} | {final:.1f} [{low:.1f}, {high:.1f}] | {differences[0]} | {area:.1f} | "
-              f"{differences[1]} | {len(episodes)} of {len(members)} | {after} |")
-    labels, alphas, final, below, above, area = zip(*bars)
-    figure, axis = plt.subplots(figsize=(4.5, 3.2))
-    errors = np.array([below, above])
+        runs.append((settings, ((settings.get("checkpoint"), settings["seed"]), settings["alpha"], *outcome(tables, log))))
     if args.verb == "alpha":
-        order = np.argsort(alphas)
-        axis.errorbar(np.array(alphas)[order], np.array(final)[order], errors[:, order], fmt="o-", capsize=3, label="final")
-        axis.plot(np.array(alphas)[order], np.array(area)[order], "s--", label="mean success in training")
+        alike = [settings | dict(alpha=0) | dict.fromkeys(SEEDS) for settings, _ in runs]
+        if any(x != alike[0] for x in alike):
+            raise UserError("these runs differ in more than alpha and the seeds; use controls, or leave some out")
+        runs.sort(key=lambda run: run[1][1])
+    names = {"identical": "identical N+k", "varying": "varying N+k", "success": "success in training"}
+    print("| setting | runs | " + "".join(f"{name}, % | minus the first's | " for name in names.values()) +
+          "reached 80% | after episodes |\n|" + 10 * "---|")
+    groups = group_runs(runs)
+    shown = {name: [] for name in names}  # of each setting the mean, low, high
+    for label, members in groups.items():
+        cells = []
+        for name in names:
+            values, firsts = ({run: 100 * measured[name] for run, _, measured, _ in these}
+                              for these in (members, next(iter(groups.values()))))
+            shown[name].append(bootstrap(units(values)))
+            cells.append("{:.1f} [{:.1f}, {:.1f}]".format(*shown[name][-1]))
+            differences = units(paired(values, firsts)) if label != next(iter(groups)) else []
+            cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(differences)) if len(differences) > 1 else "")
+        episodes = [member[3] for member in members if member[3] == member[3]]
+        cells += [f"{len(episodes)} of {len(members)}", f"{np.mean(episodes):,.0f}" if episodes else ""]
+        print(f"| {label} | {len(members)} | " + " | ".join(cells) + " |")
+    figure, axis = plt.subplots(figsize=(4.5, 3.2 if args.verb == "alpha" else 0.4 * len(groups) + 1))
+    for i, (name, means) in enumerate(shown.items()):
+        mean, low, high = np.array(means).T
+        if args.verb == "alpha":
+            axis.errorbar([members[0][1] for members in groups.values()], mean, [mean - low, high - mean],
+                          fmt=("o-", "s--", "^:")[i], capsize=3, label=names[name])
+        else:
+            axis.barh(np.arange(len(groups)) + 0.27 * (i - 1), mean, 0.27, xerr=[mean - low, high - mean],
+                      color=("0.35", "0.65", "0.9")[i], edgecolor="0.2", capsize=2, label=names[name])
+    if args.verb == "alpha":
         axis.set_xscale("symlog", linthresh=1)
-        axis.set(xlabel="alpha (0 = standard KL)", ylabel="accuracy on varying N+k (%)", ylim=(0, 103))
-        axis.legend(frameon=False)
+        axis.set(xlabel="alpha (0 = standard KL)", ylabel="accuracy (%)", ylim=(0, 103))
     else:
-        axis.barh(range(len(labels)), final, xerr=errors, color="0.75", edgecolor="0.2", capsize=3)
-        axis.set_yticks(range(len(labels)), labels, fontsize=8)
+        axis.set_yticks(range(len(groups)), groups, fontsize=8)
         axis.invert_yaxis()
-        axis.set(xlabel="final accuracy on varying N+k (%)", xlim=(0, 103))
+        axis.set(xlabel="accuracy (%)", xlim=(0, 103))
+    figure.tight_layout()
+    figure.legend(*axis.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3,
+                  frameon=False, fontsize=8)
     save_figure(figure, args.out, f"{args.verb}.png")
 
 

@@ -1295,15 +1295,14 @@ class Analyze(unittest.TestCase):
         """Made-up runs: greedy_nk 0.2, nan, 0.6, 1.0 at 0, 10, 20, 40 episodes, and final accuracies by seed."""
         log = dict(episodes=np.array([0.0, 10, 20, 40]), greedy_nk=np.array([0.2, np.nan, 0.6, 1.0]))
         log["success"] = np.array([np.nan, 0.2, 0.4, 0.9])
-        tables = dict(after={"varying 5": [1.0, 1, 1], "varying 6": [0.7, 0.6, 0.8]})
-        final, area, episodes = analyze.outcome(tables, log)
-        self.assertEqual(final, 0.7)
-        self.assertAlmostEqual(area, 0.5)
+        tables = dict(after={"identical N": [0.9, 1, 1], "identical N+1": [0.3, 0, 1], "varying N": [1.0, 1, 1], "varying N+1": [0.7, 0.6, 0.8]})
+        measured, episodes = analyze.outcome(tables, log)
+        self.assertEqual({name: round(x, 9) for name, x in measured.items()}, dict(identical=0.3, varying=0.7, success=0.5))
         self.assertAlmostEqual(episodes, 30)  # half-way from 0.6 at 20 to 1.0 at 40
         log["greedy_nk"] = np.array([0.2, np.nan, 0.6, 0.7])
-        self.assertTrue(np.isnan(analyze.outcome(tables, log)[2]), "never reached")
+        self.assertTrue(np.isnan(analyze.outcome(tables, log)[1]), "never reached")
         log["greedy_nk"] = np.array([0.9, np.nan, 0.6, 0.7])
-        self.assertEqual(analyze.outcome(tables, log)[2], 0)
+        self.assertEqual(analyze.outcome(tables, log)[1], 0)
         self.assertEqual(analyze.paired(dict(a=3, b=5, c=9), dict(a=1, b=1, d=7)), dict(a=2, b=4))
         self.assertEqual(analyze.units({("m0", 0): 1, ("m0", 1): 3, ("m1", 0): 10}), [2, 10], "a model counts once")
         self.assertEqual(analyze.units({("m0", 0): 1, ("m0", 1): 3}), [1, 3], "of one model, each seed")
@@ -1313,14 +1312,20 @@ class Analyze(unittest.TestCase):
             os.mkdir(folder)
             pretrain.write_file(f"{folder}/settings.json", json.dumps(dict(alpha=alpha, seed=seed, digits=5)).encode())
             pretrain.write_file(f"{folder}/log.csv", f"iteration,episodes,success,greedy_nk\n0,0,,0.4\n1,10,0.{alpha}1,\n2,20,0.{seed},0.8\n".encode())
-            table = {("varying", 6): (final, final, final)}
+            table = {(mode, 6): (x, x, x) for mode, x in (("identical", final / 2), ("varying", final))}
             pretrain.save_tables(folder, before=table, after=table)
         for verb in ("alpha", "controls"):
             _, printed = quiet(analyze.main, [verb, "a0s1", "a0s2", "a100s1", "a100s2"])
-            self.assertIn("| alpha 0 | 2 | 60.0 [50.0, 70.0] |  | 8.0 |  | 2 of 2 | 20 |", printed)
-            row = "| alpha 100 | 2 | 90.0 [90.0, 90.0] | +30.0 [+20.0, +40.0] | 12.5 | +4.5 [+4.5, +4.5] | 2 of 2 | 20 |"
-            self.assertIn(row, printed)  # (0.01 + 0.1) / 2 and (0.01 + 0.2) / 2; (0.1001 + 0.1) / 2 and (0.1001 + 0.2) / 2
+            first = "| alpha 0 | 2 | 30.0 [25.0, 35.0] |  | 60.0 [50.0, 70.0] |  | 8.0 [5.5, 10.5] |  | 2 of 2 | 20 |"
+            self.assertIn(first, printed)  # success: (0.01 + 0.1) / 2 and (0.01 + 0.2) / 2
+            row = ("| alpha 100 | 2 | 45.0 [45.0, 45.0] | +15.0 [+10.0, +20.0] | 90.0 [90.0, 90.0] | +30.0 [+20.0, +40.0] "
+                   "| 12.5 [10.0, 15.0] | +4.5 [+4.5, +4.5] | 2 of 2 | 20 |")
+            self.assertIn(row, printed)  # (0.1001 + 0.1) / 2 and (0.1001 + 0.2) / 2
             self.assertTrue(os.path.exists(f"out/figures/{verb}.png"))
+        _, printed = quiet(analyze.main, ["alpha", "a100s1", "a100s2", "a0s1", "a0s2"])
+        self.assertIn(first, printed, "alpha begins with the smallest")
+        _, printed = quiet(analyze.main, ["controls", "a100s1", "a100s2", "a0s1", "a0s2"])
+        self.assertIn("| 90.0 [90.0, 90.0] |  |", printed, "controls with what is given first")
 
     def test_frontier_by_hand(self):
         """Two models, two coefficients and one run without a penalty; a model with two seeds counts once."""
@@ -1351,10 +1356,10 @@ class Analyze(unittest.TestCase):
                 log = "iteration,episodes,kl,success,greedy_n,sampled_n,greedy_nk,ce_old,p_critical,p_l1o1\n"
                 log += f"0,0,,,1,1,0.4,0.1,0.5,0.5\n1,10,0.{alpha + 1},0.5,1,0.75,0.8,0.2,0.6,0.6\n"
                 pretrain.write_file(f"{folder}/log.csv", log.encode())
-                table = {("varying", 6): (0.5, 0.4, 0.6)}
+                table = {("identical", 6): (0.25, 0.2, 0.3), ("varying", 6): (0.5, 0.4, 0.6)}
                 pretrain.save_tables(folder, **(dict(before=table) if name != "pretrain" else {}), after=table)
         _, printed = quiet(analyze.main, ["all", "--runs", "runs"])
-        self.assertIn("| alpha 3 | 0.1 | 1 | 0.500 [0.500, 0.500] | 0.4000 [0.4000, 0.4000] | 0.20000 [0.20000, 0.20000] | "
+        self.assertIn("| alpha 3 | 0.1 | 1 | 0.250 [0.250, 0.250] | 0.500 [0.500, 0.500] | 0.4000 [0.4000, 0.4000] | 0.20000 [0.20000, 0.20000] | "
                       "0.75 [0.75, 0.75] |", printed)
         for name in ("alpha", "controls", "curves", "critical", "drift", "frontier"):
             self.assertTrue(os.path.exists(f"out/figures/results/{name}.png"), name)
