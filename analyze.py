@@ -630,10 +630,12 @@ ALL = {  # runs under assets/runs: what is made of them
     "no_ratio/*": ("accuracy",),
     "default/*": ("accuracy", "controls", "frontier"),
     "default/alpha0_* default/alpha3_* default/none_*": ("curves", "drift"),
+    "default/alpha*_seed0": ("alpha",),
+    "default/alpha0_*seed0 default/alpha3_*seed0 minibatches/*": ("accuracy", "controls"),
     "cool/*": ("accuracy", "controls"),
     "results/*": ("accuracy", "controls", "frontier"),
-    "results/alpha*_seed1": ("alpha",),
     "results/alpha0_* results/alpha3_* results/alpha100_* results/none_*": ("curves", "critical", "drift"),
+    "mid_lr/*": ("accuracy", "frontier"),
     "high_lr_t2/*": ("accuracy", "frontier"),
     "high_lr_t2/kl0.1_alpha[03]_* high_lr_t2/kl0.05_* high_lr_more/*": ("accuracy", "controls"),
     "high_lr/*": ("accuracy", "controls", "frontier", "drift"),
@@ -650,7 +652,7 @@ def everything(args):
         if not runs:
             raise UserError(f"no runs are {' '.join(patterns)}; give the folder of the README's runs with --runs")
         for verb in shown:
-            out = ["--out", os.path.join(args.out, os.path.basename(os.path.dirname(runs[0])))] * (verb != "accuracy")
+            out = ["--out", os.path.join(args.out, os.path.basename(os.path.dirname(runs[-1])))] * (verb != "accuracy")
             print("\npython analyze.py", verb, *patterns, *out)
             main([verb, *runs, *out])
 

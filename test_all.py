@@ -1349,9 +1349,10 @@ class Analyze(unittest.TestCase):
         enter_a_new_folder(self)
         for name in {os.path.dirname(pattern) for patterns in analyze.ALL for pattern in patterns.split()}:
             for alpha in (0, 3):
-                folder = f"runs/{name}/alpha{alpha}_seed1"
+                folder = f"runs/{name}/alpha{alpha}_seed{int(name != 'default')}"
                 os.makedirs(folder)
-                settings = dict(alpha=alpha, kl_coef=0.1, seed=0, digits=5) if name != "pretrain" else dict(seed=alpha, digits=5)
+                settings = dict(alpha=alpha, kl_coef=0.1, seed=0, digits=5, minibatches=1 + (name == "minibatches"))
+                settings = settings if name != "pretrain" else dict(seed=alpha, digits=5)
                 pretrain.write_file(f"{folder}/settings.json", json.dumps(settings).encode())
                 log = "iteration,episodes,kl,success,greedy_n,sampled_n,greedy_nk,ce_old,p_critical,p_l1o1\n"
                 log += f"0,0,,,1,1,0.4,0.1,0.5,0.5\n1,10,0.{alpha + 1},0.5,1,0.75,0.8,0.2,0.6,0.6\n"
@@ -1361,8 +1362,8 @@ class Analyze(unittest.TestCase):
         _, printed = quiet(analyze.main, ["all", "--runs", "runs"])
         self.assertIn("| alpha 3 | 0.1 | 1 | 0.250 [0.250, 0.250] | 0.500 [0.500, 0.500] | 0.4000 [0.4000, 0.4000] | 0.20000 [0.20000, 0.20000] | "
                       "0.75 [0.75, 0.75] |", printed)
-        for name in ("alpha", "controls", "curves", "critical", "drift", "frontier"):
-            self.assertTrue(os.path.exists(f"out/figures/results/{name}.png"), name)
+        for name in ("default/alpha", "default/controls", "results/curves", "results/critical", "results/drift", "results/frontier"):
+            self.assertTrue(os.path.exists(f"out/figures/{name}.png"), name)
         for verb in ("alpha", "controls", "frontier"):
             pretrain.write_file("runs/pretrain/alpha0_seed1/log.csv", b"step,loss\n1,2\n")
             with self.assertRaisesRegex(pretrain.UserError, "^runs/pretrain/alpha0_seed1 is not a run of ppo.py"):
