@@ -453,15 +453,15 @@ def compare(args):
     print("| setting | runs | " + "".join(f"{name}, % | minus the first's | " for name in names.values()) +
           "reached 80% | after episodes |\n|" + 10 * "---|")
     groups = group_runs(runs)
+    first = next(iter(groups.values()))
     shown = {name: [] for name in names}  # of each setting the mean, low, high
     for label, members in groups.items():
         cells = []
         for name in names:
-            values, firsts = ({run: 100 * measured[name] for run, _, measured, _ in these}
-                              for these in (members, next(iter(groups.values()))))
+            values, firsts = ({run: 100 * measured[name] for run, _, measured, _ in these} for these in (members, first))
             shown[name].append(bootstrap(units(values)))
             cells.append("{:.1f} [{:.1f}, {:.1f}]".format(*shown[name][-1]))
-            differences = units(paired(values, firsts)) if label != next(iter(groups)) else []
+            differences = units(paired(values, firsts)) if members is not first else []
             cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(differences)) if len(differences) > 1 else "")
         episodes = [member[3] for member in members if member[3] == member[3]]
         cells += [f"{len(episodes)} of {len(members)}", f"{np.mean(episodes):,.0f}" if episodes else ""]
