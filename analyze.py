@@ -592,7 +592,7 @@ def run_all(script, runs, finished, jobs):
         for process in running.values():
             process.terminate()
             process.wait()
-    return failed
+    return [folder for folder in runs if folder in failed]  # in their order, not in that in which they ended
 
 
 def sweep(args):
