@@ -1349,7 +1349,7 @@ class Analyze(unittest.TestCase):
         enter_a_new_folder(self)
         for name in {os.path.dirname(pattern) for patterns in analyze.ALL for pattern in patterns.split()}:
             for alpha in (0, 3):
-                folder = f"runs/{name}/alpha{alpha}_seed{int(name != 'default')}"
+                folder = f"runs/{name}/alpha{alpha}_seed{int(name != 'default')}"  # of default ALL asks for seed 0
                 os.makedirs(folder)
                 settings = dict(alpha=alpha, kl_coef=0.1, seed=0, digits=5, minibatches=1 + (name == "minibatches"))
                 settings = settings if name != "pretrain" else dict(seed=alpha, digits=5)
