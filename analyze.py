@@ -355,10 +355,10 @@ def curves(args):
 
 # --------------------------------------------------------------------------- accuracy: Tables 4 and 5
 def accuracy_rows(runs):
-    """[(settings, (tables, log))] -> [[label, runs, cell, ..., KL]]: a row for equal settings but the seeds.
+    """[(settings, (tables, log))] -> [(label, runs, [cell, ...], KL)]: a row for equal settings but the seeds.
 
-    A cell is the mean in % with its 95% interval: over the pre-trained models (see units), or, of a single run, over its
-    problems. Where RL began at other accuracies than in the rows above, a row says so.
+    A cell is (mean, low, high) in %, its 95% interval over the pre-trained models (see units), or, of a single run, over
+    its problems. Where RL began at other accuracies than in the rows above, a row "before" says so.
     """
     rows, began = [], None
     for name, members in group_runs([(settings, ((settings.get("checkpoint"), settings.get("seed")), *what))
@@ -368,14 +368,13 @@ def accuracy_rows(runs):
             cells = []
             for cell in next(iter(tables.values()), ()):
                 values = units({run: table[cell][0] for run, table in tables.items()})
-                mean, low, high = bootstrap(values) if len(tables) > 1 else tables[members[0][0]][cell]
-                cells.append(f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
-            means = [cell.split()[0] for cell in cells]
+                cells.append(100 * np.array(bootstrap(values) if len(tables) > 1 else tables[members[0][0]][cell]))
+            means = [f"{mean:.1f}" for mean, _, _ in cells]
             if when == "before" and cells and means != began:
                 began = means
-                rows.append(["before", str(len(members)), *cells, ""])
+                rows.append(("before", len(members), cells, ""))
         kl = f"{np.mean([log['kl'][-1] for *_, log in members]):.4f}" if "kl" in members[0][2] else ""
-        rows.append([name, str(len(members)), *cells, kl])
+        rows.append((name, len(members), cells, kl))
     return rows
 
 
@@ -409,9 +408,24 @@ def load_finished(folders, columns=()):
 
 def accuracy(args):
     runs = load_finished(args.runs)
-    head = ["setting", "runs", *runs[0][1][0]["after"], "KL"]
-    for row in [head, ["---"] * len(head), *accuracy_rows(runs)]:
-        print("| " + " | ".join(row) + " |")
+    names, rows = list(runs[0][1][0]["after"]), accuracy_rows(runs)
+    print("| setting | runs | " + " | ".join([*names, "KL"]) + " |\n" + "| --- " * (3 + len(names)) + "|")
+    for label, n, cells, kl in rows:
+        print(f"| {label} | {n} | " + " | ".join([*map("{0[0]:.1f} [{0[1]:.1f}, {0[2]:.1f}]".format, cells), kl]) + " |")
+    figure, axes = plt.subplots(1, 2, figsize=(7.5, 3), sharey=True)
+    for axis, mode in zip(axes, ("identical", "varying")):  # Figure 2
+        chosen = [i for i, name in enumerate(names) if name.startswith(mode)]
+        for i, (label, _, cells, _) in enumerate(row for row in rows if row[0] != "before"):
+            mean, low, high = np.array([cells[j] for j in chosen]).T
+            axis.errorbar(range(len(chosen)), mean, [mean - low, high - mean], fmt="osv^DX*P"[i % 8] + ("-", "--", ":")[i % 3],
+                          color=f"C{i}", capsize=2, label=label)
+        axis.set_xticks(range(len(chosen)), [names[j].split()[1] for j in chosen])
+        axis.set(xlabel=f"digits, {mode}", ylim=(-3, 103))
+    axes[0].set(ylabel="accuracy (%)")
+    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3,
+                  frameon=False, fontsize=8)
+    save_figure(figure, args.out, "accuracy.png")
 
 
 # --------------------------------------------------------------------------- alpha, controls: Figure 6
@@ -653,7 +667,7 @@ def everything(args):
         if not runs:
             raise UserError(f"no runs are {' '.join(patterns)}; give the folder of the README's runs with --runs")
         for verb in shown:
-            out = ["--out", os.path.join(args.out, os.path.basename(os.path.dirname(runs[-1])))] * (verb != "accuracy")
+            out = ["--out", os.path.join(args.out, os.path.basename(os.path.dirname(runs[-1])))]
             print("\npython analyze.py", verb, *patterns, *out)
             main([verb, *runs, *out])
 
@@ -893,8 +907,8 @@ def main(argv=None):
     verb.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
     verb.set_defaults(run=speed)
 
-    for verb in [verbs.choices[name] for name in ("tokens", "certainty", "curves", "critical", "drift", "alpha", "controls",
-                                              "frontier", "all")]:
+    for verb in [verbs.choices[name] for name in ("tokens", "certainty", "curves", "critical", "drift", "accuracy", "alpha",
+                                              "controls", "frontier", "all")]:
         verb.add_argument("--out", default="out/figures", help="folder for the pictures")
     args = ap.parse_args(argv)
     args.run(args)

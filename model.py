@@ -53,14 +53,18 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None, start=0):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H)
-        if cache is not None:  # write the new keys and values in place, attend to all so far
+        mask = None
+        if isinstance(start, torch.Tensor):  # a step of fixed shape: attend to the whole cache, but not what is to come
+            k, v = (old.index_copy_(2, start, new) for old, new in zip(cache, (k, v)))
+            mask = (torch.arange(k.shape[2], device=x.device) <= start)[None]
+        elif cache is not None:  # write the new keys and values in place, attend to all so far
             cache[0][:, :, start : start + T], cache[1][:, :, start : start + T] = k, v
             k, v = cache[0][:, :, : start + T], cache[1][:, :, : start + T]
         if x.is_cpu and q.dtype is torch.bfloat16 and cache is None:
             with torch.autocast("cpu", enabled=False):  # it would take the softmax to float32
                 y = attention(q, k, v)
         else:  # The same in PyTorch's fused kernel, which in training is slower than ours on a CPU in bfloat16.
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # a single token is the newest and sees all
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1)  # a single token is the newest and sees all
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -122,13 +126,15 @@ class GPT(nn.Module):
 
         offset: (B,) position of each row's first token, default 0. Pre-training draws it at random.
         cache, start: keys and values of the tokens before position `start`, extended in place; see `generate`.
+            As a tensor (1,), start may change from step to step without a new shape, or a number that the CPU must know.
         """
         B, T = idx.shape
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit the block of {self.config.block_size}")
-        if start > 0 and T > 1:
-            raise ValueError("with a cache that is not empty, the tokens come one at a time")
-        pos = torch.arange(start, start + T, device=idx.device)
+        if isinstance(start, int):
+            if start + T > self.config.block_size:
+                raise ValueError(f"{start + T} tokens do not fit the block of {self.config.block_size}")
+            if start > 0 and T > 1:
+                raise ValueError("with a cache that is not empty, the tokens come one at a time")
+        pos = start + torch.arange(T, device=idx.device)
         pos = pos if offset is None else offset[:, None] + pos
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)
         for i, block in enumerate(self.transformer.h):
@@ -162,14 +168,31 @@ def row_lengths(ids, most):
     return ((breaks < 2).sum(1) + 1).minimum(most)
 
 
+def record(step, device):
+    """step() as a CUDA graph: a function that launches all its kernels at once, on the same tensors; elsewhere step itself.
+
+    One by one, the launches of a small model's step take longer than its kernels.
+    """
+    if device.type != "cuda":
+        return step
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step()  # once before it is recorded: that chooses kernels, and makes their workspaces
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return lambda: (graph.replay(), result)[1]
+
+
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, static=None):
     """Continue a batch of prompts of different lengths in one pass, with a cache of keys and values.
 
     prompts: list of B lists of ids. Rows are aligned at position 0. At each step a row still inside its prompt is
         fed its prompt's next token, the others their own last choice: no padding mask, no grouping by length.
     max_new_tokens: the most tokens to add to a row (fewer where the block ends).
     temperature: of the softmax that is sampled, with `generator`; 0 is greedy.
+    static: take all steps but the first with one shape, as a recorded graph; by default on an NVIDIA GPU.
     A row ends where row_lengths says; a prompt that holds a whole answer ends there, too.
     Returns ids (B, T) on the model's device, T in whole 32s where the block allows it, and lengths (B,): row b is
     ids[b, :lengths[b]], the rest is 0.
@@ -187,9 +210,16 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
 
     shape = (config.n_layer, 2, len(rows), config.n_head, T, config.n_embd // config.n_head)
     cache = torch.zeros(shape, dtype=model.lm_head.weight.dtype, device=device)
+    static, step = device.type == "cuda" if static is None else static, None
+    newest, at = ids.new_zeros(len(rows), 1), ids.new_zeros(1)  # what the recorded step reads: tokens, their position
     start, t = 0, int(prompt_len[rows].min()) if len(rows) else T  # in the cache: 0 .. start - 1; t is the next to fill
     while t < T:
-        logits, _ = model(ids[rows, start:t], cache=cache, start=start)
+        if static and start > 0:
+            newest.copy_(ids[rows, start:t]), at.fill_(start)
+            step = step or record(lambda: model(newest, cache=cache, start=at), device)
+            logits, _ = step()
+        else:
+            logits, _ = model(ids[rows, start:t], cache=cache, start=start)
         choice = sample(logits[:, -1], temperature, generator)
         ids[rows, t] = torch.where(ids[rows, t] == UNKNOWN, choice, ids[rows, t])
         start, t = t, t + 1
@@ -197,7 +227,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
             going = row_lengths(ids[rows], most[rows]) > t
             if not going.any():
                 break
-            if going.sum() < 0.9 * len(rows):  # copying the cache costs less than carrying finished rows along
+            if not static and going.sum() < 0.9 * len(rows):  # copying the cache costs less than carrying these rows along
                 rows, cache = rows[going], cache[:, :, going]
     lengths = row_lengths(ids, most)
     T = min(T, math.ceil(int(lengths.max()) / 32) * 32)  # few widths: for each a CPU keeps kernels of its own

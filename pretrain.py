@@ -190,7 +190,7 @@ def check_finite(when, figures, folder):
                             f"what {folder} holds is from before")
 
 
-NOT_SETTINGS = ("device", "out", "fresh", "explain")  # options that do not change what a run computes
+NOT_SETTINGS = ("device", "compile", "out", "fresh", "explain")  # options that change no more than a run's rounding
 
 
 def default_folder(prefix, parser, args, unnamed):
@@ -400,6 +400,18 @@ def make_optimizers(model, lr):
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
 
 
+def compiled(model, batch):
+    """The model with its kernels fused by torch.compile: one graph for all shapes, tried on the batch."""
+    fused = torch.compile(model, dynamic=True, fullgraph=True)
+    try:
+        answer_loss(fused, *batch).backward()
+    except Exception as error:  # no C++ compiler, no Triton, a Python that is too new for it, ...
+        raise UserError(f"--compile does not work ({type(error).__name__}: {first_line(error)}); "
+                        "leave it out") from None
+    model.zero_grad()
+    return fused
+
+
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up, then constant, then linear decay to 0 over the last 80% of the steps."""
     return peak * min((step + 1) / warmup, 1.0, (steps - step) / (0.8 * steps))
@@ -425,6 +437,7 @@ def parse_args(argv):
     add("--eval_problems", type=COUNT, default=250, help="held-out problems for each accuracy of the final table")
     add("--seed", type=SEED, default=0, help="of initialization and data")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest there is")
+    add("--compile", action="store_true", help="fuse the kernels of a step: one or two minutes first, then faster steps")
     add("--out", default="", help="folder for the run (default: out/pretrain_<settings>%(default)s)")
     add("--fresh", action="store_true", help="start over, instead of going on with an interrupted run")
     args = ap.parse_args(argv)
@@ -455,13 +468,14 @@ def main(argv=None):
     run = Run(args, ["step", "loss", "lr", "grad_norm", *watched, "tokens_per_s", "seconds"], model=model,
               **{type(optimizer).__name__: optimizer for optimizer in optimizers})
     batches = pretrain_batches(args.digits, args.batch_size, block_size, args.seed, device, args.task, start=run.step)
+    trained = compiled(model, next(pretrain_batches(1, args.batch_size, block_size, 0, device))) if args.compile else model
     since, losses, norms, tokens = time.time(), [], [], 0
     bar = tqdm(range(run.step + 1, args.steps + 1), desc="pre-train", unit="step", mininterval=1, dynamic_ncols=True,
                initial=run.step, total=args.steps)
     for step in bar:
         lr = learning_rate(step - 1, args.steps, args.lr, args.warmup)
         ids, prompt_len, lengths, offset = next(batches)
-        loss = answer_loss(model, ids, prompt_len, lengths, offset)
+        loss = answer_loss(trained, ids, prompt_len, lengths, offset)
         model.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
