@@ -19,6 +19,7 @@ import csv
 import glob
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -42,8 +43,16 @@ matplotlib.use("Agg")  # pictures go to files: no screen is needed
 import matplotlib.pyplot as plt
 
 
-def save_figure(figure, folder, name):
+MARKS = [mark + line for mark, line in zip(3 * "osv^DX*P", itertools.cycle(("-", "--", ":")))]  # legible in grey
+
+
+def save_figure(figure, folder, name, labelled=None, columns=3):
+    """Save as folder/name, with a legend below of what the axes `labelled` show."""
     path = os.path.join(folder, name)
+    if labelled is not None:
+        figure.tight_layout()
+        figure.legend(*labelled.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns,
+                      frameon=False, fontsize=8)
     try:
         os.makedirs(folder, exist_ok=True)
         figure.savefig(path, dpi=150, bbox_inches="tight")
@@ -141,6 +150,16 @@ def answers(args):
     return model, facts["digits"], pairs, correct, texts, how
 
 
+def first_wrong(texts, pairs, n_digits):
+    """Where each answer first leaves the right one: a list of "critical", "other" or None."""
+    where = []
+    for text, (a, b) in zip(texts, pairs):
+        index = data.first_error(text, a, b)
+        critical = index in data.critical_positions(a, b, n_digits).values()
+        where.append(None if index is None else "critical" if critical else "other")
+    return where
+
+
 def tokens(args):
     model, n_digits, pairs, correct, texts, how = answers(args)
     certainties = [token_certainty(model, text, len(data.prompt(a, b)), args.temperature or 1.0)
@@ -158,28 +177,16 @@ def tokens(args):
             print("  {:<30} {:+.4f} [{:+.4f}, {:+.4f}]".format(name, *bootstrap(values)))
 
     print("\nWhere the failures first went wrong")
-    n_critical = 0
+    where = first_wrong(texts, pairs, n_digits)
     for i in np.flatnonzero(~correct):
         (a, b), index = pairs[i], data.first_error(texts[i], *pairs[i])
-        critical = index in data.critical_positions(a, b, n_digits).values()
-        n_critical += critical
         sure = f", certainty {certainties[i][index]:.2f}" if index < len(texts[i]) else ""
-        print(f"  {a}{b:+}: {data.describe_error(texts[i], a, b)}{sure}{', a critical token' if critical else ''}")
-    print(f"  {n_critical} of {(~correct).sum()} at a critical token")
+        print(f"  {a}{b:+}: {data.describe_error(texts[i], a, b)}{sure}{', a critical token' * (where[i] == 'critical')}")
+    print(f"  {sum(where[i] == 'critical' for i in np.flatnonzero(~correct))} of {(~correct).sum()} at a critical token")
     save_figure(draw_tokens([texts[i] for i in order], [certainties[i] for i in order], titles), args.out, "tokens.png")
 
 
 # --------------------------------------------------------------------------- errors
-def first_wrong(texts, pairs, n_digits):
-    """Where each answer first leaves the right one: a list of "critical", "other" or None."""
-    where = []
-    for text, (a, b) in zip(texts, pairs):
-        index = data.first_error(text, a, b)
-        critical = index in data.critical_positions(a, b, n_digits).values()
-        where.append(None if index is None else "critical" if critical else "other")
-    return where
-
-
 def errors(args):
     """Do failures begin at critical tokens, and does a wrong critical token always end in a failure?"""
     _, n_digits, pairs, correct, texts, how = answers(args)
@@ -317,40 +324,38 @@ def units(values):
     models = {}
     for (model, _), value in values.items():
         models.setdefault(model, []).append(value)
-    return list(values.values()) if len(models) == 1 else [np.mean(x) for x in models.values()]
+    return list(values.values()) if len(models) == 1 else [np.mean(x, 0) for x in models.values()]
 
 
 def curves(args):
-    groups = group_runs([load_run(folder) for folder in args.runs])
-    logs = [log for members in groups.values() for log in members]
-    panels = [name for name in args.panels if all(name in log and not np.isnan(log[name]).all() for log in logs)]
+    runs = [load_run(folder) for folder in args.runs]
+    logs = [log for _, log in runs]
+    groups = group_runs([(settings, ((settings.get("checkpoint"), settings.get("seed")), log)) for settings, log in runs])
+    names = dict(curves=PANELS, critical=CRITICAL, drift=DRIFT)[args.verb]
+    panels = [name for name in names if all(name in log and not np.isnan(log[name]).all() for log in logs)]
     if not panels:
         raise UserError("these runs have no column in common to draw; give runs of one script")
     x_name = "episodes" if "episodes" in logs[0] else "step"
     columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
+    rows = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.7 * rows), squeeze=False)
     styles = ["-", "--", ":", "-."]
     for axis, name in zip(axes.flat, panels):
         for i, (label, members) in enumerate(groups.items()):
-            x = members[0][x_name]
-            for log in members:
+            x = members[0][1][x_name]
+            for _, log in members:
                 x = x[np.isin(x, log[x_name][~np.isnan(log[name])])]
-            y = np.array([log[name][np.isin(log[x_name], x)] for log in members])  # (seeds, points)
-            line, = axis.plot(x, y.mean(0), styles[i % 4], color=f"C{i}", lw=1.5,
-                              label=f"{label} ({len(members)} runs)" if len(members) > 1 else label)
-            if len(members) > 1:
-                band = np.array([bootstrap(column)[1:] for column in y.T])
-                axis.fill_between(x, band[:, 0], band[:, 1], color=line.get_color(), alpha=0.2, lw=0)
-        axis.set(xlabel=x_name, ylim=(0, 1.03) if "share" in args.panels[name] else None)
-        axis.set_title(args.panels[name], fontsize=9)
+            y = {run: log[name][np.isin(log[x_name], x)] for run, log in members}  # (points,) each
+            mean, low, high = np.array([bootstrap(values) for values in np.transpose(units(y))]).T  # the band is over models
+            axis.plot(x, mean, styles[i % 4], color=f"C{i}", lw=1.5,
+                      label=f"{label} ({len(members)} runs)" if len(members) > 1 else label)
+            axis.fill_between(x, low, high, color=f"C{i}", alpha=0.2, lw=0)
+        axis.set(xlabel=x_name, ylim=(0, 1.03) if "share" in names[name] else None)
+        axis.set_title(names[name], fontsize=9)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2,
-                  frameon=False)
-    figure.tight_layout()
-    save_figure(figure, args.out, f"{args.verb}.png")
+    save_figure(figure, args.out, f"{args.verb}.png", axes.flat[0], columns=2)
 
 
 # --------------------------------------------------------------------------- accuracy: Tables 4 and 5
@@ -402,6 +407,8 @@ def load_finished(folders, columns=()):
             raise UserError(f"{folder} is not the folder of a finished run ({error}); run its command again") from None
         if not set(columns) <= set(log):
             raise UserError(f"{folder} is not a run of ppo.py: its log has no {', '.join(columns)}; leave it out")
+        if "kl" in log and len(log["kl"]) < 2:
+            raise UserError(f"{folder} is a run without an iteration: there is nothing to compare; leave it out")
         runs.append((settings, (tables, log)))
     return runs
 
@@ -417,15 +424,12 @@ def accuracy(args):
         chosen = [i for i, name in enumerate(names) if name.startswith(mode)]
         for i, (label, _, cells, _) in enumerate(row for row in rows if row[0] != "before"):
             mean, low, high = np.array([cells[j] for j in chosen]).T
-            axis.errorbar(range(len(chosen)), mean, [mean - low, high - mean], fmt="osv^DX*P"[i % 8] + ("-", "--", ":")[i % 3],
-                          color=f"C{i}", capsize=2, label=label)
+            axis.errorbar(range(len(chosen)), mean, [mean - low, high - mean], fmt=MARKS[i % 24], color=f"C{i}",
+                          capsize=2, label=label)
         axis.set_xticks(range(len(chosen)), [names[j].split()[1] for j in chosen])
         axis.set(xlabel=f"digits, {mode}", ylim=(-3, 103))
     axes[0].set(ylabel="accuracy (%)")
-    figure.tight_layout()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3,
-                  frameon=False, fontsize=8)
-    save_figure(figure, args.out, "accuracy.png")
+    save_figure(figure, args.out, "accuracy.png", axes[0])
 
 
 # --------------------------------------------------------------------------- alpha, controls: Figure 6
@@ -446,17 +450,10 @@ def outcome(tables, log, level=0.8):
     return final | dict(success=np.nanmean(log["success"])), episodes
 
 
-def paired(these, those):
-    """{(model, seed): value} of two settings -> {(model, seed): difference}, of the runs that both have."""
-    return {run: these[run] - those[run] for run in these if run in those}
-
-
 def compare(args):
     """alpha and controls: a table of settings, each against the first, paired by model and seed, and its picture."""
     runs = []
     for settings, (tables, log) in load_finished(args.runs, ("episodes", "greedy_nk", "success")):
-        if len(log["success"]) < 2:
-            raise UserError(f"{args.verb} compares runs with one iteration or more; leave the others out")
         runs.append((settings, ((settings.get("checkpoint"), settings["seed"]), settings["alpha"], *outcome(tables, log))))
     if args.verb == "alpha":
         alike = [settings | dict(alpha=0) | dict.fromkeys(SEEDS) for settings, _ in runs]
@@ -475,8 +472,9 @@ def compare(args):
             values, firsts = ({run: 100 * measured[name] for run, _, measured, _ in these} for these in (members, first))
             shown[name].append(bootstrap(units(values)))
             cells.append("{:.1f} [{:.1f}, {:.1f}]".format(*shown[name][-1]))
-            differences = units(paired(values, firsts)) if members is not first else []
-            cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(differences)) if len(differences) > 1 else "")
+            differences = units({run: values[run] - firsts[run] for run in values if run in firsts})  # paired
+            known = members is not first and len(differences) > 1
+            cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(differences)) if known else "")
         episodes = [member[3] for member in members if member[3] == member[3]]
         cells += [f"{len(episodes)} of {len(members)}", f"{np.mean(episodes):,.0f}" if episodes else ""]
         print(f"| {label} | {len(members)} | " + " | ".join(cells) + " |")
@@ -496,10 +494,7 @@ def compare(args):
         axis.set_yticks(range(len(groups)), groups, fontsize=8)
         axis.invert_yaxis()
         axis.set(xlabel="accuracy (%)", xlim=(0, 103))
-    figure.tight_layout()
-    figure.legend(*axis.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3,
-                  frameon=False, fontsize=8)
-    save_figure(figure, args.out, f"{args.verb}.png")
+    save_figure(figure, args.out, f"{args.verb}.png", axis)
 
 
 # --------------------------------------------------------------------------- frontier
@@ -512,14 +507,14 @@ def frontier_points(runs):
     The columns are the accuracies on N+k and those of COST, at the end; a method is what settings but kl_coef have in common.
     """
     last = list(runs[0][1][0]["after"])[-1].split()[1]
-    groups = group_runs([(settings | dict(kl_coef=None, seed=(settings["seed"], settings.get("kl_coef"))), (settings, *what))
+    groups = group_runs([(settings | dict(kl_coef=None, seed=(settings["seed"], settings["kl_coef"])), (settings, *what))
                          for settings, what in runs])
     points = {method: {} for method in groups}
     for method, members in groups.items():
-        for coef in sorted({settings.get("kl_coef", 0) for settings, *_ in members}):
+        for coef in sorted({settings["kl_coef"] for settings, *_ in members}):
             values = {}  # column: {(model, seed): value}
             for settings, tables, log in members:
-                if settings.get("kl_coef", 0) == coef:
+                if settings["kl_coef"] == coef:
                     columns = {cell: x[0] for cell, x in tables["after"].items() if cell.split()[1] == last}
                     for column, x in (columns | {name: log[name][-1] for name in COST}).items():
                         values.setdefault(column, {})[settings.get("checkpoint"), settings["seed"]] = x
@@ -544,8 +539,8 @@ def frontier(args):
         for row, column in enumerate(learned):
             for axis, cost in zip(axes[row], COST):
                 x, y = (np.array([by_coef[coef][1][name] for coef in sorted(by_coef)]).T for name in (cost, column))
-                axis.errorbar(x[0], y[0], abs(y[1:] - y[0]), abs(x[1:] - x[0]), "osv^DX*P"[i % 8] + ("-", "--", ":")[i % 3],
-                              color=f"C{i}", elinewidth=0.5, markeredgecolor="0.2", label=method)
+                axis.errorbar(x[0], y[0], abs(y[1:] - y[0]), abs(x[1:] - x[0]), MARKS[i % 24], color=f"C{i}",
+                              elinewidth=0.5, markeredgecolor="0.2", label=method)
                 for coef, at in zip(sorted(by_coef), zip(x[0], y[0])):
                     axis.annotate(f"{coef:g}", at, (4, 4), textcoords="offset points", fontsize=7)
     for cost, axis in zip(COST, axes[-1]):
@@ -553,9 +548,7 @@ def frontier(args):
         axis.tick_params(axis="x", which="both", labelsize=7)
     for column, axis in zip(learned, axes[:, 0]):
         axis.set(ylabel=f"accuracy, {column} (share)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, frameon=False)
-    figure.tight_layout()
-    save_figure(figure, args.out, "frontier.png")
+    save_figure(figure, args.out, "frontier.png", axes[0, 0])
 
 
 # --------------------------------------------------------------------------- sweep
@@ -629,7 +622,7 @@ def sweep(args):
         elif not settings.checkpoint:
             options = ppo.pretrain_options(settings)
             model = pretrain.parse_args(options)
-            models[model.out] = options, -(-model.steps // 100)
+            models[model.out] = options, math.ceil(model.steps / 100)
     failed = run_all("pretrain.py", models, "model.pt", args.jobs) or run_all("ppo.py", runs, "accuracies.json", args.jobs)
     if failed:
         raise UserError(f"{len(failed)} of the runs failed; {failed[0]}/output.txt says why; the same command takes them up")
@@ -864,21 +857,18 @@ def main(argv=None):
         verb.set_defaults(run=run)
     verbs.choices["tokens"].add_argument("--show", type=pretrain.COUNT, default=3, help="answers to show, failures first")
 
-    verb = verbs.add_parser("curves", help="learning curves; mean and 95%% band where seeds repeat")
-    verb.add_argument("runs", nargs="+", help="folders of runs, all of pretrain.py or all of ppo.py")
-    verb.set_defaults(run=curves, panels=PANELS)
-
-    verb = verbs.add_parser("critical", help="probability of six critical tokens over training (Figure 7)")
-    verb.add_argument("runs", nargs="+", help="folders of runs of ppo.py")
-    verb.set_defaults(run=curves, panels=CRITICAL)
-
-    verb = verbs.add_parser("drift", help="how far the policy goes from the pre-trained model, and what it forgets")
-    verb.add_argument("runs", nargs="+", help="folders of runs of ppo.py")
-    verb.set_defaults(run=curves, panels=DRIFT)
-
-    verb = verbs.add_parser("frontier", help="what was learned against what it cost: a line a method, a point a coefficient")
-    verb.add_argument("runs", nargs="+", help="folders of finished runs of ppo.py")
-    verb.set_defaults(run=frontier)
+    for name, run, what in (
+        ("curves", curves, "learning curves; mean and 95%% band where seeds repeat (Figures 3, 4)"),
+        ("critical", curves, "probability of six critical tokens over training (Figure 7)"),
+        ("drift", curves, "how far the policy goes from the pre-trained model, and what it forgets"),
+        ("accuracy", accuracy, "final accuracies of runs, a row a setting (Tables 4, 5, Figure 2)"),
+        ("alpha", compare, "final accuracy against alpha, over seeds (Figure 6)"),
+        ("controls", compare, "final accuracy of settings, each against the first, over seeds"),
+        ("frontier", frontier, "what was learned against what it cost: a line a method, a point a coefficient"),
+    ):
+        verb = verbs.add_parser(name, help=what)
+        verb.add_argument("runs", nargs="+", help="folders of runs of one script, finished where final accuracies are asked for")
+        verb.set_defaults(run=run)
 
     verb = verbs.add_parser("sweep", help="many runs of ppo.py: all combinations of settings; goes on where it was")
     verb.add_argument("folder", help="for the runs, each in a folder of its own")
@@ -889,15 +879,6 @@ def main(argv=None):
     verb = verbs.add_parser("all", help="the tables and figures that need no checkpoint, from the logs under a folder")
     verb.add_argument("--runs", default="assets/runs", help="the folder that holds them, sets as " + ", ".join(ALL))
     verb.set_defaults(run=everything)
-
-    verb = verbs.add_parser("accuracy", help="final accuracies of runs, a row a setting (Tables 4, 5)")
-    verb.add_argument("runs", nargs="+", help="folders of finished runs, all of pretrain.py or all of ppo.py")
-    verb.set_defaults(run=accuracy)
-
-    for name, what in (("alpha", "against alpha (Figure 6)"), ("controls", "of settings, each against the first")):
-        verb = verbs.add_parser(name, help=f"final accuracy {what}, over seeds")
-        verb.add_argument("runs", nargs="+", help="folders of finished runs of ppo.py")
-        verb.set_defaults(run=compare)
 
     verb = verbs.add_parser("speed", help="how fast each phase is on this machine, and how fast it could be")
     verb.add_argument("--digits", type=within(int, 1, 10), default=5, help="N")

@@ -110,7 +110,7 @@ def place(a, b, index):
 
 
 def describe_error(text, a, b):
-    """describe_error of a wrong text: "line 1, operand 2: wrote '1' for '8'"; of a right one: "no error"."""
+    """What is wrong with a text: "line 1, operand 2: wrote '1' for '8'"; with a right one: "no error"."""
     index, right = first_error(text, a, b), prompt(a, b) + answer(a, b)
     if index is None:
         return "no error"

@@ -126,7 +126,9 @@ class GPT(nn.Module):
 
         offset: (B,) position of each row's first token, default 0. Pre-training draws it at random.
         cache, start: keys and values of the tokens before position `start`, extended in place; see `generate`.
-            As a tensor (1,), start may change from step to step without a new shape, or a number that the CPU must know.
+            start as a tensor (1,): all steps have one shape, for `record`; T is then 1, the whole cache is attended to under
+            a mask, and nothing is checked.
+        ValueError: the tokens do not fit the block, or come several at a time after others in the cache.
         """
         B, T = idx.shape
         if isinstance(start, int):
@@ -175,13 +177,15 @@ def record(step, device):
     """
     if device.type != "cuda":
         return step
-    with torch.cuda.stream(torch.cuda.Stream()):
-        step()  # once before it is recorded: that chooses kernels, and makes their workspaces
-    torch.cuda.synchronize()
+    step()  # once before it is recorded: that chooses kernels
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph):  # waits until the GPU is done with all before
         result = step()
-    return lambda: (graph.replay(), result)[1]
+
+    def replay():
+        graph.replay()
+        return result
+    return replay
 
 
 @torch.no_grad()
@@ -194,8 +198,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, st
     temperature: of the softmax that is sampled, with `generator`; 0 is greedy.
     static: take all steps but the first with one shape, as a recorded graph; by default on an NVIDIA GPU.
     A row ends where row_lengths says; a prompt that holds a whole answer ends there, too.
-    Returns ids (B, T) on the model's device, T in whole 32s where the block allows it, and lengths (B,): row b is
-    ids[b, :lengths[b]], the rest is 0.
+    Returns ids (B, T) on the model's device, T in whole 32s where block and max_new_tokens allow it, and lengths (B,): row
+    b is ids[b, :lengths[b]], the rest is 0. ValueError: a prompt does not fit the block.
     """
     config, device = model.config, model.lm_head.weight.device
     prompt_len = torch.tensor([len(p) for p in prompts], device=device)
@@ -210,7 +214,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, st
 
     shape = (config.n_layer, 2, len(rows), config.n_head, T, config.n_embd // config.n_head)
     cache = torch.zeros(shape, dtype=model.lm_head.weight.dtype, device=device)
-    static, step = device.type == "cuda" if static is None else static, None
+    static = device.type == "cuda" if static is None else static
+    step = None
     newest, at = ids.new_zeros(len(rows), 1), ids.new_zeros(1)  # what the recorded step reads: tokens, their position
     start, t = 0, int(prompt_len[rows].min()) if len(rows) else T  # in the cache: 0 .. start - 1; t is the next to fill
     while t < T:
@@ -223,7 +228,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, st
         choice = sample(logits[:, -1], temperature, generator)
         ids[rows, t] = torch.where(ids[rows, t] == UNKNOWN, choice, ids[rows, t])
         start, t = t, t + 1
-        if t % 16 == 0:  # asking each time would make a GPU wait for the CPU
+        if t % 16 == 0:  # asking each time would leave a GPU without work meanwhile
             going = row_lengths(ids[rows], most[rows]) > t
             if not going.any():
                 break

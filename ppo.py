@@ -250,7 +250,7 @@ def explain(batch, pairs, args):
     texts = [data.decode([state[0], *actions[:n]]) for state, actions, n in
              zip(batch["states"].tolist(), batch["actions"].tolist(), batch["lengths"].tolist())]
     flawless = [float(data.first_error(text, a, b) is None) for text, (a, b) in zip(texts, pairs)]
-    i = int(((penalty * batch["mask"]).sum(1) * penalty.new_tensor(flawless)).argmax())
+    i = int(((1 + (penalty * batch["mask"]).sum(1)) * penalty.new_tensor(flawless)).argmax())
     (a, b), text, T = pairs[i], texts[i], int(batch["lengths"][i])
     print(f"\n{text}")
     print(textwrap.fill(f"ids of the prompt: {data.encode(data.prompt(a, b))}", 100))

@@ -40,7 +40,8 @@ def start(main):
     """Run a script's main() so that a UserError ends in one line on stderr and exit code 2, without a traceback."""
     if sys.platform == "linux":  # Keep the memory of large tensors for the next ones (M_MMAP_ and M_TRIM_THRESHOLD):
         libc = ctypes.CDLL(None)  # getting it anew from the system, page by page, is a fifth of a step on a CPU.
-        libc.mallopt(-3, 2**30), libc.mallopt(-1, 2**31 - 1)
+        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # older releases of glibc take 32 MiB at most
+        libc.mallopt(-1, 2**31 - 1)
     try:
         main()
     except UserError as error:
@@ -52,7 +53,9 @@ def start(main):
     except BrokenPipeError:  # whoever read our output is gone, as in `python ppo.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or closing it would raise once more
         sys.exit("the terminal or pipe was closed; a training run goes on with the same command")
-    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise  # PyTorch has no name for running out of memory on a CPU
         print(f"out of memory ({first_line(error)}); lower the batch, the episodes or the block", file=sys.stderr)
         sys.exit(2)
 
@@ -190,7 +193,7 @@ def check_finite(when, figures, folder):
                             f"what {folder} holds is from before")
 
 
-NOT_SETTINGS = ("device", "compile", "out", "fresh", "explain")  # options that change no more than a run's rounding
+NOT_SETTINGS = ("device", "compile", "out", "fresh", "explain")  # options that do not change what is asked
 
 
 def default_folder(prefix, parser, args, unnamed):
@@ -211,7 +214,8 @@ class Run:
     """
 
     def __init__(self, args, columns, **parts):
-        """parts: the modules and optimizers that training changes, by name. A state.pt is loaded into them."""
+        """parts: modules and optimizers by name: those that training changes, and a reference, so that a run goes on with
+        the one that it began with. A state.pt is loaded into them."""
         self.folder, self.columns, self.parts = args.out, columns, parts
         self.settings = {name: x for name, x in vars(args).items() if name not in NOT_SETTINGS}
         self.step, self.rows, self.earlier, self.started = 0, [], 0.0, time.time()  # earlier: seconds of former runs
@@ -397,13 +401,13 @@ def make_optimizers(model, lr):
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for name, p in model.named_parameters() if p.dim() < 2 or ".h." not in name]
     return [Muon(matrices, lr=lr, weight_decay=0.1),
-            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=not others[0].is_mps)]
 
 
 def compiled(model, batch):
     """The model with its kernels fused by torch.compile: one graph for all shapes, tried on the batch."""
-    fused = torch.compile(model, dynamic=True, fullgraph=True)
     try:
+        fused = torch.compile(model, dynamic=True, fullgraph=True)
         answer_loss(fused, *batch).backward()
     except Exception as error:  # no C++ compiler, no Triton, a Python that is too new for it, ...
         raise UserError(f"--compile does not work ({type(error).__name__}: {first_line(error)}); "
@@ -432,7 +436,7 @@ def parse_args(argv):
     add("--batch_size", type=COUNT, default=8, help="worked problems a step")
     add("--lr", type=within(float, 0, 1e3), default=3e-3, help="peak learning rate of Muon and AdamW")
     add("--warmup", type=COUNT, default=100, help="steps of linear warm-up")
-    add("--block_size", type=within(int, 0, 4096), default=0,
+    add("--block_size", type=within(int, 0, 8192), default=0,
         help="positions of the model; 0: what N+1 digits need, in whole 32s")
     add("--eval_problems", type=COUNT, default=250, help="held-out problems for each accuracy of the final table")
     add("--seed", type=SEED, default=0, help="of initialization and data")
@@ -486,7 +490,7 @@ def main(argv=None):
         losses.append(loss.detach())
         tokens += ids.numel()
 
-        if step % 100 == 0 or step == args.steps:  # a GPU waits for the CPU only here
+        if step % 100 == 0 or step == args.steps:  # figures are fetched from a GPU only here
             losses, norms = torch.stack(losses).tolist(), torch.stack(norms).tolist()
             for at, loss, norm in zip(range(step - len(losses) + 1, step + 1), losses, norms):
                 check_finite(f"step {at}", dict(loss=loss, grad_norm=norm), args.out)
@@ -500,13 +504,11 @@ def main(argv=None):
                                 f"N+1 {accuracies['varying_n1']:.0%}, {row['tokens_per_s']:,.0f} tokens/s")
             since, losses, norms, tokens = time.time(), [], [], 0
 
-    # 4. Save, measure, show failures
+    # 4. Measure, save, show failures
     model.eval()
-    path = os.path.join(args.out, "model.pt")
-    facts = dict(digits=args.digits, task=args.task, step=args.steps, settings=vars(args))
-    save_checkpoint(path, model, **facts)
     table, failures = accuracy_table(model, args.digits, args.eval_problems, args.task)
-    save_checkpoint(path, model, **facts, accuracies={(args.eval_problems, *cell): x for cell, x in table.items()})
+    save_checkpoint(os.path.join(args.out, "model.pt"), model, digits=args.digits, task=args.task, step=args.steps,
+                    settings=vars(args), accuracies={(args.eval_problems, *cell): x for cell, x in table.items()})
     save_tables(args.out, after=table)
     print_table(table, f"greedy, {args.eval_problems} held-out problems a cell")
     print("\nthree failures, at their first wrong character")

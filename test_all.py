@@ -1147,6 +1147,9 @@ class PPO(unittest.TestCase):
         self.assertIn("Input:\n45+1\nTarget:", printed)
         self.assertIn("reward 1 (no error)", printed)
         self.assertRegex(printed, r"2\.0000 +0\.0000 +1\.000 +2\.0000")  # log-ratio, certainty, weight, 2^2 / 2
+        actions[0, lengths[0] - 2] = actions[2, lengths[2] - 2]  # before training nothing costs anything:
+        _, printed = quiet(ppo.explain, batch | dict(ref_logp=zeros), pairs, ppo.parse_args(["--alpha", "0"]))
+        self.assertIn("Input:\n45+1\nTarget:", printed, "the only one without an error")
 
 
 class Analyze(unittest.TestCase):
@@ -1296,6 +1299,9 @@ class Analyze(unittest.TestCase):
         pretrain.save_tables("s", after={("identical", 6): (0.5, 0.25, 0.75)})
         with self.assertRaisesRegex(pretrain.UserError, "^s has other tables than r"):
             analyze.main(["accuracy", "r", "s"])
+        pretrain.write_file("s/log.csv", b"iteration,kl\n0,\n")
+        with self.assertRaisesRegex(pretrain.UserError, "^s is a run without an iteration"):
+            analyze.main(["accuracy", "s"])
 
     def test_groups_and_labels(self):
         runs = [(dict(alpha=a, seed=s, lr=1), {"x": a}) for a in (0, 3) for s in (0, 1)]
@@ -1327,9 +1333,10 @@ class Analyze(unittest.TestCase):
         self.assertTrue(np.isnan(analyze.outcome(tables, log)[1]), "never reached")
         log["greedy_nk"] = np.array([0.9, np.nan, 0.6, 0.7])
         self.assertEqual(analyze.outcome(tables, log)[1], 0)
-        self.assertEqual(analyze.paired(dict(a=3, b=5, c=9), dict(a=1, b=1, d=7)), dict(a=2, b=4))
         self.assertEqual(analyze.units({("m0", 0): 1, ("m0", 1): 3, ("m1", 0): 10}), [2, 10], "a model counts once")
         self.assertEqual(analyze.units({("m0", 0): 1, ("m0", 1): 3}), [1, 3], "of one model, each seed")
+        points = {("m0", 0): np.array([1, 2]), ("m0", 1): np.array([3, 4]), ("m1", 0): np.array([10, 10])}  # of a curve
+        np.testing.assert_array_equal(analyze.units(points), [[2, 3], [10, 10]])
         enter_a_new_folder(self)
         for alpha, seed, final in ((0, 1, 0.5), (0, 2, 0.7), (100, 1, 0.9), (100, 2, 0.9)):
             folder = f"a{alpha}s{seed}"
@@ -1546,6 +1553,19 @@ class Scripts(unittest.TestCase):
             done = subprocess.run([sys.executable, os.path.join(HERE, script), *argv], capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (2, "", 1), done.stderr)
             self.assertTrue(done.stderr.startswith(f"{script}: error: "))
+
+    def test_out_of_memory_is_one_line_and_other_errors_are_not(self):
+        def run_out():
+            torch.zeros(2**60)  # PyTorch's own error on a CPU
+        for error in (MemoryError("all gone"), torch.cuda.OutOfMemoryError("all gone"), run_out):
+            main = error if error is run_out else mock.Mock(side_effect=error)
+            with mock.patch("sys.stderr", io.StringIO()) as stderr, self.assertRaises(SystemExit) as caught:
+                pretrain.start(main)
+            self.assertEqual(caught.exception.code, 2)
+            self.assertRegex(stderr.getvalue(), r"^out of memory .*; lower the batch, the episodes or the block\n$")
+        for error in (NotImplementedError("exercise 3"), RuntimeError("shapes do not fit")):
+            with self.assertRaises(type(error)):
+                pretrain.start(mock.Mock(side_effect=error))
 
     def test_checkpoint_round_trip(self):
         path = self.save(block_size=192, std=0.3)
