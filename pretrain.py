@@ -42,6 +42,7 @@ def start(main):
         libc = ctypes.CDLL(None)  # getting it anew from the system, page by page, is a fifth of a step on a CPU.
         libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # older releases of glibc take 32 MiB at most
         libc.mallopt(-1, 2**31 - 1)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention is silently wrong on some GPUs (PyTorch issue 193893)
     try:
         main()
     except UserError as error:
