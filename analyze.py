@@ -647,6 +647,8 @@ ALL = {  # runs under assets/runs: what is made of them
     "high_lr_t2/*": ("accuracy", "frontier"),
     "high_lr_t2/kl0.1_alpha[03]_* high_lr_t2/kl0.05_* high_lr_more/*": ("accuracy", "controls"),
     "high_lr/*": ("accuracy", "controls", "frontier", "drift"),
+    "levels/*": ("accuracy",),
+    "level7/*": ("accuracy", "controls", "curves"),
     "coarse/*": ("accuracy",),
     "pilot/*": ("accuracy",),
 }

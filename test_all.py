@@ -1383,13 +1383,13 @@ class Analyze(unittest.TestCase):
                 folder = f"runs/{name}/alpha{alpha}_seed{int(name != 'default')}"  # of default ALL asks for seed 0
                 os.makedirs(folder)
                 settings = dict(alpha=alpha, kl_coef=0.1, seed=0, digits=5, minibatches=1 + (name == "minibatches"))
-                settings = settings if name != "pretrain" else dict(seed=alpha, digits=5)
+                settings = settings if name not in ("pretrain", "levels") else dict(seed=alpha, digits=5)
                 pretrain.write_file(f"{folder}/settings.json", json.dumps(settings).encode())
                 log = "iteration,episodes,kl,success,greedy_n,sampled_n,greedy_nk,ce_old,p_critical,p_l1o1\n"
                 log += f"0,0,,,1,1,0.4,0.1,0.5,0.5\n1,10,0.{alpha + 1},0.5,1,0.75,0.8,0.2,0.6,0.6\n"
                 pretrain.write_file(f"{folder}/log.csv", log.encode())
                 table = {("identical", 6): (0.25, 0.2, 0.3), ("varying", 6): (0.5, 0.4, 0.6)}
-                pretrain.save_tables(folder, **(dict(before=table) if name != "pretrain" else {}), after=table)
+                pretrain.save_tables(folder, **(dict(before=table) if "alpha" in settings else {}), after=table)
         _, printed = quiet(analyze.main, ["all", "--runs", "runs"])
         self.assertIn("| alpha 3 | 0.1 | 1 | 0.250 [0.250, 0.250] | 0.500 [0.500, 0.500] | 0.4000 [0.4000, 0.4000] | 0.20000 [0.20000, 0.20000] | "
                       "0.75 [0.75, 0.75] |", printed)
