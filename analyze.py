@@ -762,13 +762,14 @@ def speed(args):
 
     # 1. What the machine can do.
     config = GPTConfig(block_size=data.max_length(args.digits + 1), **PRESETS[args.preset])
+    decoding = pretrain.to_sample(GPT(config).to(device)).lm_head.weight.dtype
     large, small, plain = (product_rate(config, *shape, device, repeats)
-                           for shape in ((8, 300, dtype), (64, 1, dtype), (8, 300, torch.float32)))
+                           for shape in ((8, 300, dtype), (64, 1, decoding), (8, 300, torch.float32)))
     x, y = torch.ones(2, 2**26, device=device)
     copy_rate = 2 * 4 * 2**26 / clock(lambda: y.copy_(x), device, repeats)
     print(f"matrix products of 8 x 300 tokens, {str(dtype)[6:]:<8} {large / 1e9:10,.0f} GFLOP/s")
     print(f"                   8 x 300 tokens, float32  {plain / 1e9:10,.0f} GFLOP/s")
-    print(f"                    64 x 1 tokens, {str(dtype)[6:]:<8} {small / 1e9:10,.0f} GFLOP/s")
+    print(f"                    64 x 1 tokens, {str(decoding)[6:]:<8} {small / 1e9:10,.0f} GFLOP/s")
     print(f"memory, read and written in a copy         {copy_rate / 1e9:10,.1f} GB/s")
 
     # 2. The phases of a run, beside the floor: operations at the rate of the products, bytes at that of the copy.
@@ -777,7 +778,7 @@ def speed(args):
                for name in ("pretrain", "plain_step", "draft", "prefill", "generate", "rollout", "update")}
     shortest, T = min(map(len, work.prompts)), work.batch["mask"].shape[1]
     decoded, trained, plain_tokens = 64 * (T - shortest), 64 * T, 16 * config.block_size
-    cache_bytes = decoded * (T + shortest) / 2 * 2 * config.n_layer * config.n_embd * torch.finfo(dtype).bits // 8
+    cache_bytes = decoded * (T + shortest) / 2 * 2 * config.n_layer * config.n_embd * torch.finfo(decoding).bits // 8
     drafted, forward = sum(map(len, work.prompts + work.drafts)), operations(config, trained, T / 2) / large
     n = sum(ids.numel() for ids, *_ in work.batches)
     table = [  # phase, tokens, seconds, floor
