@@ -405,6 +405,7 @@ def make_optimizers(model, lr):
     """Muon for the blocks' weight matrices, in fewer steps than AdamW, which has the embeddings, biases and norms."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for name, p in model.named_parameters() if p.dim() < 2 or ".h." not in name]
+    # (On a Mac PyTorch 2.4 has no fused AdamW.)
     return [Muon(matrices, lr=lr, weight_decay=0.1),
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=not others[0].is_mps)]
 
