@@ -232,8 +232,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, st
             going = row_lengths(ids[rows], most[rows]) > t
             if not going.any():
                 break
-            if not static and going.sum() < 0.9 * len(rows):  # copying the cache costs less than carrying these rows along
-                rows, cache = rows[going], cache[:, :, going]
+            if not static:  # the last rows take the places of those that have ended; nothing else is copied
+                n = int(going.sum())
+                ended, last = (~going[:n]).nonzero()[:, 0], n + going[n:].nonzero()[:, 0]
+                cache[:, :, ended], rows[ended] = cache[:, :, last], rows[last]
+                cache, rows = cache[:, :, :n], rows[:n]
     lengths = row_lengths(ids, most)
     T = min(T, math.ceil(int(lengths.max()) / 32) * 32)  # few widths: for each a CPU keeps kernels of its own
     return ids[:, :T].masked_fill(torch.arange(T, device=device) >= lengths[:, None], 0), lengths

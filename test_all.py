@@ -691,8 +691,10 @@ class Model(unittest.TestCase):
         torch.testing.assert_close(by_hand.float(), model(self.ids)[0], atol=0.05, rtol=0)
 
     def test_ragged_generation_equals_one_prompt_at_a_time(self):
-        ids, lengths = generate(self.model, self.prompts, 60, temperature=0)
-        for row, n, p in zip(ids, lengths, self.prompts):
+        begun = data.encode(data.prompt(12345, 678) + data.answer(12345, 678))[:60]  # goes on when the others have ended
+        prompts = [*self.prompts, begun]
+        ids, lengths = generate(self.model, prompts, 60, temperature=0)
+        for row, n, p in zip(ids, lengths, prompts):
             text = list(p)
             for _ in range(60):  # the slow way: the whole prefix again for each token, no cache
                 text.append(int(self.model(torch.tensor([text]))[0][0, -1].argmax()))
@@ -702,7 +704,7 @@ class Model(unittest.TestCase):
                     break
             self.assertEqual(row[:n].tolist(), text)
             self.assertFalse(row[n:].any())
-        for one, other in zip(generate(self.model, self.prompts, 60, temperature=0, static=True), (ids, lengths)):
+        for one, other in zip(generate(self.model, prompts, 60, temperature=0, static=True), (ids, lengths)):
             self.assertEqual(one.tolist(), other.tolist(), "as an NVIDIA GPU does it: all steps of one shape")
 
     def oracle(self, a, b):
