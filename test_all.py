@@ -1606,7 +1606,7 @@ class Scripts(unittest.TestCase):
         self.assertEqual(os.listdir(), [path])
 
     def test_same_seed_same_run(self):
-        tiny = "--digits 1 --steps 4 --batch_size 2 --eval_problems 4 --device cpu --out".split()
+        tiny = "--digits 1 --preset narrow --steps 4 --batch_size 2 --eval_problems 4 --device cpu --out".split()
         rl = "--digits 1 --iterations 2 --episodes 4 --eval_problems 4 --final_problems 4 --eval_every 1 --device cpu"
         results = {}
         for name, seeds in (("a", "00"), ("same", "00"), ("other model", "10"), ("other rl", "01")):
@@ -1852,7 +1852,7 @@ class Survives(unittest.TestCase):
             "--episodes 1 --minibatches 1", "--clip 0", "--gamma 0 --gae_lambda 0", "--epochs 3 --minibatches 4",
         ):  # fmt: skip
             try:
-                _, printed = quiet(ppo.main, [*self.PPO, "--fresh", "--max_kl", "0", *extreme.split()])
+                _, printed = quiet(ppo.main, [*self.PPO, "--iterations", "2", "--fresh", "--max_kl", "0", *extreme.split()])
                 self.assertIn("no answer was right", printed)
                 self.assertIn("the KL is over --max_kl", printed)
                 ended += 1
