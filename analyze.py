@@ -644,6 +644,7 @@ ALL = {  # runs under assets/runs: what is made of them
     "results/alpha0_* results/alpha3_* results/alpha100_* results/none_*": ("curves", "critical", "drift"),
     "mid_lr/*": ("accuracy", "frontier"),
     "mid_lr/kl0.03_alpha0_* mid_lr/kl0.1_mask_* mid_lr/kl0.1_alpha3_* mid_lr_more/*": ("accuracy", "controls"),
+    "lr3e-4/*": ("accuracy", "controls", "frontier"),
     "high_lr_t2/*": ("accuracy", "frontier"),
     "high_lr_t2/kl0.1_alpha[03]_* high_lr_t2/kl0.05_* high_lr_more/*": ("accuracy", "controls"),
     "high_lr/*": ("accuracy", "controls", "frontier", "drift"),
