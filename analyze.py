@@ -36,7 +36,7 @@ import data
 import ppo
 import pretrain
 from kl import certainty
-from model import GPT, GPTConfig, PRESETS, generate, speculate
+from model import GPT, GPTConfig, PRESETS, generate
 from pretrain import UserError, bootstrap, sample_problems, solve, within
 
 matplotlib.use("Agg")  # pictures go to files: no screen is needed
@@ -714,7 +714,6 @@ class Work:
         self.batches = list(itertools.islice(pretrain.pretrain_batches(n_digits, 8, config.block_size, 0, device), 8))
         self.pairs = [data.sample_pair(rng, n_digits, "rl") for _ in range(batch)]
         self.prompts = [data.encode(data.prompt(a, b)) for a, b in self.pairs]
-        self.drafts = [data.encode(data.answer(a, b)) for a, b in self.pairs]
 
     def pretrain(self):
         for batch in self.batches:
@@ -729,15 +728,18 @@ class Work:
         shortest = min(map(len, self.prompts))
         pretrain.to_sample(self.policy)(torch.tensor([p[:shortest] for p in self.prompts], device=self.device))
 
-    def draft(self):
-        with pretrain.autocast(self.device):  # as write_answers does
-            speculate(self.policy, self.prompts, self.drafts, 0.001)
+    def generate(self, drafts=None):
+        self.ids, self.lengths = generate(pretrain.to_sample(self.policy), self.prompts, self.policy.config.block_size,
+                                          0.001, drafts=drafts)
 
-    def generate(self):
-        generate(pretrain.to_sample(self.policy), self.prompts, self.policy.config.block_size, 0.001)
+    def drafted(self):
+        """From drafts that are right: those of its own text."""
+        self.generate([row[len(p) : n] for row, p, n in zip(self.ids.tolist(), self.prompts, self.lengths.tolist())])
 
-    def rollout(self):
-        self.batch = ppo.rollout(self.policy, self.head, self.reference, self.pairs, self.args, 0)
+    def score(self):
+        prompt_len = torch.tensor([len(p) for p in self.prompts], device=self.device)
+        self.batch = ppo.score(self.policy, self.head, self.reference, self.pairs, self.ids, prompt_len, self.lengths,
+                               self.args, 0)
 
     def update(self):
         ppo.update(self.policy, self.head, self.adam, self.batch, self.args, torch.Generator().manual_seed(0))
@@ -776,26 +778,24 @@ def speed(args):
     # 2. The phases of a run, beside the floor: operations at the rate of the products, bytes at that of the copy.
     work = Work(config, args.digits, 64, device)
     seconds = {name: clock(getattr(work, name), device, repeats)
-               for name in ("pretrain", "plain_step", "draft", "prefill", "generate", "rollout", "update")}
+               for name in ("pretrain", "plain_step", "prefill", "generate", "drafted", "score", "update")}
     shortest, T = min(map(len, work.prompts)), work.batch["mask"].shape[1]
     decoded, trained, plain_tokens = 64 * (T - shortest), 64 * T, 16 * config.block_size
     cache_bytes = decoded * (T + shortest) / 2 * 2 * config.n_layer * config.n_embd * torch.finfo(decoding).bits // 8
-    drafted, forward = sum(map(len, work.prompts + work.drafts)), operations(config, trained, T / 2) / large
+    forward = operations(config, trained, T / 2) / large
     n = sum(ids.numel() for ids, *_ in work.batches)
     table = [  # phase, tokens, seconds, floor
         ("pre-training, 8 steps", n, seconds["pretrain"],
          sum(3 * operations(config, ids.numel(), ids.shape[1] / 2) for ids, *_ in work.batches) / large),
         ("  plain: float32, full rows, AdamW", plain_tokens, seconds["plain_step"],
          3 * operations(config, plain_tokens, config.block_size / 2) / plain),
-        ("rollout: read the drafts", drafted, seconds["draft"], operations(config, drafted, drafted / 64 / 2) / large),
         ("rollout: prefill", 64 * shortest, seconds["prefill"],
          operations(config, 64 * shortest, shortest / 2) / large),
-        ("rollout: decode what was not drafted", decoded, seconds["generate"] - seconds["prefill"],
+        ("rollout: decode", decoded, seconds["generate"] - seconds["prefill"],
          max(operations(config, decoded, (T + shortest) / 2) / small, cache_bytes / copy_rate)),
-        ("rollout: score, policy and reference", trained,
-         seconds["rollout"] - seconds["generate"] - seconds["draft"], 2 * forward),
+        ("rollout: score, policy and reference", trained, seconds["score"], 2 * forward),
         ("update: forward and backward", trained, seconds["update"], 3 * forward)]
-    iteration = seconds["rollout"] + seconds["update"]
+    iteration = seconds["generate"] + seconds["score"] + seconds["update"]
     print(f"\n{'phase':<38} {'tokens/s':>9} {'seconds':>9} {'floor':>9} {'reached':>8} {'share':>7}")
     for phase, tokens, took, floor in table:
         share = f"{took / iteration:7.0%}" if phase.startswith(("rollout", "update")) else ""
@@ -803,20 +803,22 @@ def speed(args):
     print("\npre-training tokens/s over the plain step's: "
           f"{n / seconds['pretrain'] / (plain_tokens / seconds['plain_step']):.2f}")
     print("one PPO iteration over (generation + its passes at the rate of the products): "
-          f"{iteration / (seconds['draft'] + seconds['generate'] + 5 * forward):.2f}")
+          f"{iteration / (seconds['generate'] + 5 * forward):.2f}")
+    print(f"generation from drafts that are right: {seconds['generate'] / seconds['drafted']:.2f} times as fast as without")
     print(f"peak memory so far {peak_memory(device) / 2**30:.2f} GiB")
 
     # 3. What a draft saves depends on how much of it the model would write itself.
     if args.checkpoint:
         model, facts = pretrain.load_checkpoint(args.checkpoint, device)
-        print(f"\n64 answers of {args.checkpoint}, sampled at temperature 1")
-        for length in (facts["digits"], facts["digits"] + 1):
-            pairs = sample_problems(64, length, "varying", 1, facts["task"])
-            prompts = [data.encode(data.prompt(a, b)) for a, b in pairs]
-            right = solve(model, pairs, 1.0)[0].mean()
-            helped = clock(lambda: pretrain.write_answers(model, pairs, 1.0, None), device, repeats)
-            alone = clock(lambda: generate(pretrain.to_sample(model), prompts, model.config.block_size), device, repeats)
-            print(f"  {length} digits, {right:.0%} right: {helped:.2f} s with drafts, {alone:.2f} s token by token: "
+        pairs = sample_problems(64, facts["digits"] + 1, "varying", 1, facts["task"])
+        prompts = [data.encode(data.prompt(a, b)) for a, b in pairs]
+        print(f"\n64 answers of {args.checkpoint} to problems of {facts['digits'] + 1} digits")
+        for temperature in (0, 1.0, 2.0):
+            right = solve(model, pairs, temperature)[0].mean()
+            helped = clock(lambda: pretrain.write_answers(model, pairs, temperature, None), device, repeats)
+            alone = clock(lambda: generate(pretrain.to_sample(model), prompts, model.config.block_size, temperature),
+                          device, repeats)
+            print(f"  temperature {temperature:g}, {right:.0%} right: {helped:.2f} s with drafts, {alone:.2f} s without: "
                   f"{alone / helped:.2f} times as fast")
 
     # 4. How it grows.
@@ -826,9 +828,10 @@ def speed(args):
         shape = PRESETS[args.preset] | (dict(n_embd=value) if what == "width" else {})
         config = GPTConfig(data.max_length(n_digits + 1), **shape)
         work = Work(config, n_digits, value if what == "batch" else 64, device)
-        work.rollout()
+        generating = clock(work.generate, device, 1)
+        work.score()
         tokens = work.batch["mask"].numel()
-        rates = [tokens / clock(work.generate, device, 1), tokens / clock(work.update, device, 1),
+        rates = [tokens / generating, tokens / clock(work.update, device, 1),
                  sum(ids.numel() for ids, *_ in work.batches) / clock(work.pretrain, device, 1)]
         tqdm.write("{:<7} {:<8} {:9,.0f} {:9,.0f} {:10,.0f}".format(what, value, *rates))
 

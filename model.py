@@ -50,21 +50,19 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, start=0):
+    def forward(self, x, cache=None, pos=None, seen=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H)
-        mask = None
-        if isinstance(start, torch.Tensor):  # a step of fixed shape: attend to the whole cache, but not what is to come
-            k, v = (old.index_copy_(2, start, new) for old, new in zip(cache, (k, v)))
-            mask = (torch.arange(k.shape[2], device=x.device) <= start)[None]
-        elif cache is not None:  # write the new keys and values in place, attend to all so far
-            cache[0][:, :, start : start + T], cache[1][:, :, start : start + T] = k, v
-            k, v = cache[0][:, :, : start + T], cache[1][:, :, : start + T]
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if cache is not None:  # write the new keys and values at their positions, in place; attend to what is there
+            rows = torch.arange(B, device=x.device)[:, None]
+            for kept, new in zip(cache, (k, v)):
+                kept.transpose(1, 2)[rows, pos] = new.transpose(1, 2)
+            k, v = cache
         if x.is_cpu and q.dtype is torch.bfloat16 and cache is None:
             with torch.autocast("cpu", enabled=False):  # it would take the softmax to float32
                 y = attention(q, k, v)
         else:  # The same in PyTorch's fused kernel, which in training is slower than ours on a CPU in bfloat16.
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1)  # a single token is the newest and sees all
+            y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -86,8 +84,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, start=0):
-        x = x + self.attn(self.ln_1(x), cache, start)
+    def forward(self, x, cache=None, pos=None, seen=None):
+        x = x + self.attn(self.ln_1(x), cache, pos, seen)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -121,26 +119,25 @@ class GPT(nn.Module):
         with torch.no_grad():
             self.transformer.wpe.weight.copy_(0.1 * torch.cat([angle.sin(), angle.cos()], 1))
 
-    def forward(self, idx, offset=None, cache=None, start=0):
+    def forward(self, idx, offset=None, cache=None):
         """idx (B, T) token ids -> logits (B, T, V) for the token after each, and hidden states (B, T, C).
 
         offset: (B,) position of each row's first token, default 0. Pre-training draws it at random.
-        cache, start: keys and values of the tokens before position `start`, extended in place; see `generate`.
-            start as a tensor (1,): all steps have one shape, for `record`; T is then 1, the whole cache is attended to under
-            a mask, and nothing is checked.
-        ValueError: the tokens do not fit the block, or come several at a time after others in the cache.
+        cache: keys and values (n_layer, 2, B, H, S, D) of the tokens before these, for positions 0 .. S - 1; those of idx are
+            written into it, in place, and each token attends to the positions up to its own. See `generate`.
+        ValueError: more tokens than the block holds.
         """
         B, T = idx.shape
-        if isinstance(start, int):
-            if start + T > self.config.block_size:
-                raise ValueError(f"{start + T} tokens do not fit the block of {self.config.block_size}")
-            if start > 0 and T > 1:
-                raise ValueError("with a cache that is not empty, the tokens come one at a time")
-        pos = start + torch.arange(T, device=idx.device)
-        pos = pos if offset is None else offset[:, None] + pos
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit the block of {self.config.block_size}")
+        pos = torch.arange(T, device=idx.device)
+        pos, seen = pos if offset is None else offset[:, None] + pos, None
+        if cache is not None:  # what would be read beyond its last place goes there: no choice follows that one
+            pos = pos.expand(B, T).clamp(max=cache.shape[4] - 1)
+            seen = (torch.arange(cache.shape[4], device=idx.device) <= pos[..., None])[:, None]  # (B, 1, T, S)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache[i], start)
+            x = block(x, None if cache is None else cache[i], pos, seen)
         hidden = self.transformer.ln_f(x).float()
         # float32: bfloat16 would round logits of 10 to 1/16. (On MPS autocast is never on, and older PyTorch has none.)
         with contextlib.nullcontext() if idx.is_mps else torch.autocast(idx.device.type, enabled=False):
@@ -149,6 +146,7 @@ class GPT(nn.Module):
 
 SLASH, LINE_BREAK = VOCAB.index("/"), VOCAB.index("\n")
 UNKNOWN = -1  # a token that is still to be written
+DRAFTED, MATCH = 8, 3  # with drafts a step reads so many tokens of a row; so many alike tell where the draft goes on
 
 
 def sample(logits, temperature, generator=None):
@@ -188,15 +186,31 @@ def record(step, device):
     return replay
 
 
+def go_on(draft, written, near):
+    """Where each row's draft goes on: draft (B, S), the row's last tokens (B, MATCH), indices (B,) -> indices (B,).
+
+    After the tokens that were written, if they are in the draft, at the place nearest to `near`; else at `near`. So a row
+    that leaves something out, or writes it twice, finds its way back.
+    """
+    after = torch.arange(MATCH, draft.shape[1] + 1, device=draft.device)  # the index behind each window of MATCH tokens
+    other = (draft.unfold(1, MATCH, 1) != written[:, None]).any(-1)  # (B, windows)
+    distance, best = (after - near[:, None]).abs().masked_fill(other, draft.shape[1]).min(1)
+    return torch.where(distance < draft.shape[1], after[best], near)
+
+
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, static=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, drafts=None, static=None):
     """Continue a batch of prompts of different lengths in one pass, with a cache of keys and values.
 
-    prompts: list of B lists of ids. Rows are aligned at position 0. At each step a row still inside its prompt is
-        fed its prompt's next token, the others their own last choice: no padding mask, no grouping by length.
+    prompts: list of B lists of ids. All rows begin at position 0 and go on at their own pace: a row still inside its
+        prompt reads its prompt's next token, the others their own last choice. No padding mask, no grouping by length.
     max_new_tokens: the most tokens to add to a row (fewer where the block ends).
     temperature: of the softmax that is sampled, with `generator`; 0 is greedy.
-    static: take all steps but the first with one shape, as a recorded graph; by default on an NVIDIA GPU.
+    drafts: B lists of ids, guesses at what will be written: speculative decoding (Leviathan et al. 2023). A step then reads
+        several tokens of a row, its last choice and the draft's next ones, and chooses a token after each. A choice counts
+        as long as the tokens read before it are the row's own: up to and with the first that is not the draft's. So the
+        rows are distributed as without drafts, up to rounding; good ones save steps.
+    static: all steps but the first have one shape and are recorded as a graph; by default on an NVIDIA GPU.
     A row ends where row_lengths says; a prompt that holds a whole answer ends there, too.
     Returns ids (B, T) on the model's device, T in whole 32s where block and max_new_tokens allow it, and lengths (B,): row
     b is ids[b, :lengths[b]], the rest is 0. ValueError: a prompt does not fit the block.
@@ -207,37 +221,57 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, st
     if longest > config.block_size:
         raise ValueError(f"a prompt of {longest} tokens does not fit the block of {config.block_size}")
     T = min(config.block_size, longest + max_new_tokens)
-    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True, padding_value=UNKNOWN)
-    ids = F.pad(ids, (0, T - longest), value=UNKNOWN)
-    ids, most = ids.to(device), (prompt_len + max_new_tokens).clamp(max=T)
-    rows = (row_lengths(ids, most) > prompt_len).nonzero()[:, 0]  # those still in the batch
 
+    def table(rows):  # (B, T + 1): ids, then UNKNOWN; what does not count is written to the last column
+        ids = pad_sequence([torch.tensor(row[:T]) for row in rows], batch_first=True, padding_value=UNKNOWN)
+        return F.pad(ids, (0, T + 1 - ids.shape[1]), value=UNKNOWN).to(device)
+
+    ids, draft = table(prompts), table([p + d for p, d in zip(prompts, drafts or [[]] * len(prompts))])
+    most = (prompt_len + max_new_tokens).clamp(max=T)
+    rows = (row_lengths(ids, most) > prompt_len).nonzero()[:, 0]  # those still in the batch, n of them
     shape = (config.n_layer, 2, len(rows), config.n_head, T, config.n_embd // config.n_head)
     cache = torch.zeros(shape, dtype=model.lm_head.weight.dtype, device=device)
     static = device.type == "cuda" if static is None else static
-    step = None
-    newest, at = ids.new_zeros(len(rows), 1), ids.new_zeros(1)  # what the recorded step reads: tokens, their position
-    start, t = 0, int(prompt_len[rows].min()) if len(rows) else T  # in the cache: 0 .. start - 1; t is the next to fill
-    while t < T:
-        if static and start > 0:
-            newest.copy_(ids[rows, start:t]), at.fill_(start)
-            step = step or record(lambda: model(newest, cache=cache, start=at), device)
-            logits, _ = step()
-        else:
-            logits, _ = model(ids[rows, start:t], cache=cache, start=start)
-        choice = sample(logits[:, -1], temperature, generator)
-        ids[rows, t] = torch.where(ids[rows, t] == UNKNOWN, choice, ids[rows, t])
-        start, t = t, t + 1
-        if t % 16 == 0:  # asking each time would leave a GPU without work meanwhile
-            going = row_lengths(ids[rows], most[rows]) > t
-            if not going.any():
-                break
-            if not static:  # the last rows take the places of those that have ended; nothing else is copied
-                n = int(going.sum())
-                ended, last = (~going[:n]).nonzero()[:, 0], n + going[n:].nonzero()[:, 0]
-                cache[:, :, ended], rows[ended] = cache[:, :, last], rows[last]
-                cache, rows = cache[:, :, :n], rows[:n]
-    lengths = row_lengths(ids, most)
+    start = torch.zeros_like(rows)  # (n,) how many tokens of each row are in the cache; the next one is known
+    ahead = start + 1  # (n,) where its draft goes on after that one
+    width = int(prompt_len[rows].min()) if len(rows) else 0  # tokens to read in a step: at first what all prompts have
+    step, run = 0, None
+    while len(rows):
+        # 1. Read the tokens that are known, then those of the draft.
+        i, places = rows[:, None], torch.arange(width, device=device)  # (n, 1), (width,)
+        pos, guess = (start[:, None] + places).clamp(max=T), (ahead[:, None] - 1 + places).clamp(max=T)
+        read = torch.where(ids[i, pos] == UNKNOWN, draft[i, guess], ids[i, pos])  # (n, width)
+        if static and step > 0:
+            if run is None:
+                inputs = read.clone(), start.clone()
+                run = record(lambda: model(inputs[0].clamp(min=0), inputs[1], cache), device)
+            inputs[0].copy_(read), inputs[1].copy_(start)
+            logits, _ = run()
+        else:  # as much of the cache as there are tokens
+            logits, _ = model(read.clamp(min=0), start, cache[..., : int(start.max()) + width, :])
+        # 2. Choose a token after each; the prompt's own are given.
+        chosen, behind = sample(logits.flatten(0, 1), temperature, generator).view_as(read), (pos + 1).clamp(max=T)
+        chosen = torch.where(ids[i, behind] == UNKNOWN, chosen, ids[i, behind])
+        # 3. Keep those behind tokens that are the row's own: the first token read is, the others if they were chosen.
+        own = F.pad(read[:, 1:] != chosen[:, :-1], (1, 0)).cumsum(1) == 0
+        ids[i, torch.where(own, behind, T)] = chosen
+        start, ahead, step = start + own.sum(1), ahead + own.sum(1), step + 1
+        width = 1
+        if drafts:
+            width = min(DRAFTED, T)
+            ahead = go_on(draft[rows], ids[i, (start[:, None] + torch.arange(1 - MATCH, 1, device=device)).clamp(0, T)], ahead)
+        # 4. The last rows take the places of those that have ended. To ask each time would leave a GPU without work.
+        if step % 4 == 0:
+            going = row_lengths(ids[rows], most[rows]) > start + 1
+            if static and going.any():
+                continue
+            n = int(going.sum())
+            ended, last = (~going[:n]).nonzero()[:, 0], n + going[n:].nonzero()[:, 0]
+            for x in (rows, start, ahead):
+                x[ended] = x[last]
+            cache[:, :, ended] = cache[:, :, last]
+            cache, rows, start, ahead = cache[:, :, :n], rows[:n], start[:n], ahead[:n]
+    lengths = row_lengths(ids[:, :T], most)
     T = min(T, math.ceil(int(lengths.max()) / 32) * 32)  # few widths: for each a CPU keeps kernels of its own
     return ids[:, :T].masked_fill(torch.arange(T, device=device) >= lengths[:, None], 0), lengths
 
@@ -250,30 +284,6 @@ def slices(rows, lengths):
     """
     parts = rows[lengths[rows].argsort(stable=True)].split(8 if rows.device.type == "cpu" else 64)
     return [(part, math.ceil(int(lengths[part].max()) / 32) * 32) for part in parts]
-
-
-@torch.no_grad()
-def speculate(model, prompts, drafts, temperature=1.0, generator=None):
-    """What of each draft the model itself would write: speculative decoding (Leviathan et al. 2023).
-
-    The model reads prompt and draft at once, instead of token by token, and chooses a token at each place, from what
-    stands before it. Its own text is the draft up to its first other choice, and that choice: up to rounding, it is
-    distributed as what `generate` writes, whatever the draft. A good one saves time.
-    prompts, drafts: B lists of ids. Returns B lists: each prompt and its answer so far, for `generate` to continue.
-    """
-    device, block = model.lm_head.weight.device, model.config.block_size
-    written = [p + draft[: block - len(p)] for p, draft in zip(prompts, drafts)]
-    lengths = torch.tensor([len(row) for row in written], device=device)
-    ids = pad_sequence([torch.tensor(row) for row in written], batch_first=True).to(device)
-    for rows, T in slices(torch.arange(len(ids), device=device), lengths - 1):
-        logits, _ = model(ids[rows, :T])
-        choices = sample(logits.flatten(0, 1), temperature, generator).view(len(rows), -1).tolist()
-        for i, choice in zip(rows.tolist(), choices):
-            for t in range(len(prompts[i]), len(written[i])):
-                if choice[t - 1] != written[i][t]:
-                    written[i][t:] = [choice[t - 1]]
-                    break
-    return written
 
 
 def split_actions(ids, prompt_len, lengths):

@@ -127,16 +127,21 @@ def tempered(model, states, temperature):
     return logits / temperature, hidden
 
 
-@torch.no_grad()
 def rollout(policy, value_head, reference, pairs, args, seed):
-    """Let the policy answer, grade, score each token -> a dict of what `update` needs, (B, T) tensors and others."""
-    device = policy.lm_head.weight.device
-    # 1. Sample an answer to each problem.
-    generator = torch.Generator(device).manual_seed(seed)
-    ids, prompt_len, lengths = write_answers(policy, pairs, args.temperature, generator)
+    """Let the policy answer all problems, and score what it wrote -> the dict of `score`."""
+    generator = torch.Generator(policy.lm_head.weight.device).manual_seed(seed)
+    answers = write_answers(policy, pairs, args.temperature, generator)
+    return score(policy, value_head, reference, pairs, *answers, args, seed)
+
+
+@torch.no_grad()
+def score(policy, value_head, reference, pairs, ids, prompt_len, lengths, args, seed):
+    """Grade answers, score each of their tokens -> a dict of what `update` needs, (B, T) tensors and others."""
+    device = ids.device
+    # 1. The actions: an answer's tokens.
     states, actions, mask = split_actions(ids, prompt_len, lengths)
 
-    # 2. Grade it: the reward of 1 or 0 comes with the last action.
+    # 2. Grade the answer: the reward of 1 or 0 comes with the last action.
     texts = [data.decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
     success = torch.tensor([float(data.grade(text, a, b)) for text, (a, b) in zip(texts, pairs)], device=device)  # (B,)
     rewards = torch.zeros_like(mask)

@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
-from model import GPT, GPTConfig, PRESETS, generate, speculate, split_actions
+from model import GPT, GPTConfig, PRESETS, generate, split_actions
 
 
 # --------------------------------------------------------------------------- errors, device, checkpoints
@@ -278,9 +278,7 @@ def write_answers(model, pairs, temperature, generator):
     """
     prompts = [data.encode(data.prompt(a, b)) for a, b in pairs]
     drafts = [data.encode(data.answer(a, b)) for a, b in pairs]
-    with autocast(model.lm_head.weight.device):
-        begun = speculate(model, prompts, drafts, temperature, generator)
-    ids, lengths = generate(to_sample(model), begun, model.config.block_size, temperature, generator)
+    ids, lengths = generate(to_sample(model), prompts, model.config.block_size, temperature, generator, drafts)
     return ids, torch.tensor([len(p) for p in prompts], device=ids.device), lengths
 
 

@@ -42,7 +42,7 @@ import kl
 import model
 import ppo
 import pretrain
-from model import GPT, GPTConfig, generate, speculate, split_actions
+from model import GPT, GPTConfig, generate, split_actions
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SLOW = "--slow" in sys.argv  # also the tests that take minutes
@@ -683,19 +683,21 @@ class Model(unittest.TestCase):
             self.assertGreater((again[:, 30:] - logits[:, 30:]).abs().max().item(), 0.1)
 
     def test_cache_equals_no_cache(self):
+        """Row by row at a pace of its own; what the cache holds at later places, or a step reads beyond it, does not matter."""
         B, T = self.ids.shape
         with torch.no_grad():
             whole, _ = self.model(self.ids)
-            cache = torch.zeros(2, 2, B, 2, T, 8)
-            steps = [self.model(self.ids[:, :7], cache=cache)[0]] + [
-                self.model(self.ids[:, t : t + 1], cache=cache, start=t)[0] for t in range(7, T)
-            ]
-            torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=0)
-            cache[..., 7:, :] = 100  # what a step of fixed shape finds at later places must not matter
-            steps[1:] = [
-                self.model(self.ids[:, t : t + 1], cache=cache, start=torch.tensor([t]))[0] for t in range(7, T)
-            ]
-            torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=0)
+            cache = torch.full((2, 2, B, 2, T + 1, 8), 100.0)
+            logits, start = torch.zeros(B, T + 9, 40), torch.zeros(B, dtype=torch.long)
+            padded = F.pad(self.ids, (0, 9))
+            for widths in ([7, 7, 7], [1, 3, 9], [9, 9, 1], [9, 1, 9], [9, 9, 9], [9, 9, 9], [9, 9, 9], [9, 9, 9]):
+                place = start[:, None] + torch.arange(max(widths))
+                step, _ = self.model(padded.gather(1, place), offset=start, cache=cache)
+                for row, n in enumerate(widths):  # the tokens after its n are read again in the next step
+                    logits[row, start[row] : start[row] + n] = step[row, :n]
+                start = (start + torch.tensor(widths)).clamp(max=T)
+            self.assertEqual(start.tolist(), [T] * B)
+            torch.testing.assert_close(logits[:, :T], whole, atol=1e-5, rtol=0)
 
     def test_offset_moves_the_positions(self):
         moved, _ = self.model(self.ids[:1, :20], offset=torch.tensor([50]))
@@ -740,9 +742,8 @@ class Model(unittest.TestCase):
         truth = torch.tensor(data.encode(data.prompt(a, b) + data.answer(a, b) + "0" * 100))
 
         class Oracle(GPT):
-            def forward(self, idx, cache=None, start=0):
-                right = truth[start + 1 : start + 1 + idx.shape[1]]
-                return F.one_hot(right, 40).float().expand(len(idx), -1, -1) * 100, None
+            def forward(self, idx, offset, cache):
+                return F.one_hot(truth[offset[:, None] + 1 + torch.arange(idx.shape[1])], 40).float() * 100, None
 
         return Oracle(GPTConfig(block_size=256, n_layer=1, n_head=1, n_embd=4))
 
@@ -770,11 +771,26 @@ class Model(unittest.TestCase):
         wrong = [[*x[:9], (x[9] + 1) % 40, *x[10:]] for x in right]
         mixed = [right[0], right[1][:20], wrong[2], [], right[4] + [5] * 200]
         for drafts in (right, wrong, mixed):
-            begun = speculate(self.model, self.prompts, drafts, 0)
-            again, n = generate(self.model, begun, 128, temperature=0)
-            self.assertEqual([row[:n].tolist() for row, n in zip(again, n)], texts)
-        self.assertEqual(begun[2], [*self.prompts[2], *right[2][:10]], "up to its first other choice, and that choice")
-        self.assertEqual(begun[3], self.prompts[3])
+            for static in (False, True):
+                again, n = generate(self.model, self.prompts, 128, temperature=0, drafts=drafts, static=static)
+                self.assertEqual([row[:n].tolist() for row, n in zip(again, n)], texts)
+
+    def test_a_good_draft_saves_steps(self):
+        """Of an answer's 153 characters one is chosen with the prompt; then 8 a step with the draft, without one by one. A
+        wrong character costs a step at most, one that is missing or too much three more: so many find the place again."""
+        prompt, right = data.encode(data.prompt(12, 34)), data.encode(data.answer(12, 34))
+        wrong, missing, much = [*right[:20], (right[20] + 1) % 40, *right[21:]], right[:20] + right[21:], right[:20] + right[19:]
+        for drafts, steps in (([right], 20), ([wrong], 21), ([missing], 24), ([much], 24), (None, 153), ([[]], 153)):
+            oracle = self.oracle(12, 34)
+            with mock.patch.object(oracle, "forward", side_effect=oracle.forward) as forward:
+                generate(oracle, [prompt], 200, 0, drafts=drafts)
+            self.assertIn(forward.call_count - steps, range(5), "ends are looked for every fourth step")
+
+    def test_where_a_draft_goes_on(self):
+        """Behind the three tokens written, at the place nearest to where it was expected; there if they are not in it."""
+        draft = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 5, 6]]).expand(5, -1)
+        written = torch.tensor([[1, 2, 3], [1, 2, 3], [2, 3, 5], [3, 2, 1], [3, 5, 6]])
+        self.assertEqual(model.go_on(draft, written, torch.tensor([4, 6, 1, 4, 2])).tolist(), [3, 7, 8, 4, 9])
 
     def test_a_draft_ends_where_the_answer_does(self):
         """The oracle of the right answer, with drafts that go on, stop short, or end at the wrong place, in one batch."""
@@ -782,12 +798,10 @@ class Model(unittest.TestCase):
         oracle, drafts = self.oracle(12, 34), [right, right + "0000", right + "\n\n/", right[:-1], right[:-3] + "\n", "",
                                                right[:5] + "/\n\n", right[:40]]
         for temperature in (0, 1.0):
-            begun = speculate(oracle, [prompt] * 8, [data.encode(x) for x in drafts], temperature)
-            for batch in (begun, begun[:1]):  # the second: nothing is left to do
-                ids, lengths = generate(oracle, batch, 200, temperature)
-                texts = [data.decode(row[:n]) for row, n in zip(ids, lengths)]
-                self.assertEqual(texts, [data.prompt(12, 34) + right] * len(batch))
-                self.assertFalse(any(row[n:].any() for row, n in zip(ids, lengths)))
+            ids, lengths = generate(oracle, [prompt] * 8, 200, temperature, drafts=[data.encode(x) for x in drafts])
+            texts = [data.decode(row[:n]) for row, n in zip(ids, lengths)]
+            self.assertEqual(texts, [data.prompt(12, 34) + right] * 8)
+            self.assertFalse(any(row[n:].any() for row, n in zip(ids, lengths)))
 
     def test_a_draft_changes_no_distribution(self):
         """Two sampled tokens, drafted by what is likely and by what is not, against the exact probabilities."""
@@ -799,8 +813,7 @@ class Model(unittest.TestCase):
         self.assertGreater(float(first[likely] * second[likely].max()), 0.03, "the draft is written often")
         for draft in ([likely, int(second[likely].argmax())], [int(first.argmin()), 0]):
             rng = torch.Generator().manual_seed(0)
-            begun = speculate(model, [prompt] * n, [draft] * n, 0.5, rng)
-            ids, _ = generate(model, begun, 2, 0.5, rng)
+            ids, _ = generate(model, [prompt] * n, 2, 0.5, rng, drafts=[draft] * n)
             pairs = torch.zeros(40, 40).index_put_((ids[:, 3], ids[:, 4]), torch.ones(n), accumulate=True) / n
             exact = first[:, None] * second
             self.assertLess((pairs - exact).abs().max().item(), 0.01)
@@ -1017,10 +1030,9 @@ class PPO(unittest.TestCase):
 
     def test_one_temperature(self):
         """The log-probabilities are those of the distribution that sampled: full forward, divided by the temperature."""
-        with mock.patch.object(pretrain, "generate", side_effect=generate) as sampled, \
-             mock.patch.object(pretrain, "speculate", side_effect=speculate) as drafted:
+        with mock.patch.object(pretrain, "generate", side_effect=generate) as sampled:
             batch = self.rollout()
-        self.assertEqual((sampled.call_args.args[3], drafted.call_args.args[3]), (1.5, 1.5))
+        self.assertEqual(sampled.call_args.args[3], 1.5)
         with torch.no_grad(), ppo.autocast(CPU):
             expected = (
                 (self.policy(batch["states"])[0].float() / 1.5)
@@ -1452,8 +1464,8 @@ class Analyze(unittest.TestCase):
         options = "--repeats 1 --digits 1 --device cpu --checkpoint model.pt"
         with mock.patch.object(analyze, "SIZES", [("batch", 2), ("width", 64)]), mock.patch.dict(analyze.PRESETS, small=tiny):
             _, printed = quiet(analyze.main, ["speed", *options.split()])
-        for row in ("pre-training, 8 steps", "plain:", "drafts", "prefill", "decode", "score", "update", "batch   2",
-                    "width   64", "  2 digits, 0% right"):
+        for row in ("pre-training, 8 steps", "plain:", "from drafts", "prefill", "decode", "score", "update", "batch   2",
+                    "width   64", "  temperature 2, 0% right"):
             self.assertIn(row, printed)
         reached = [int(x) for x in re.findall(r" (\d+)%", printed)]
         self.assertGreaterEqual(len(reached), 6)
