@@ -433,8 +433,11 @@ def accuracy(args):
 
 
 # --------------------------------------------------------------------------- alpha, controls: Figure 6
+COMPARED = {"identical": "identical N+k", "varying": "varying N+k", "kept": "identical N", "success": "success in training"}
+
+
 def outcome(tables, log, level=0.8):
-    """A run of ppo.py -> {"identical", "varying": final accuracy on N+k, "success": in training}, and episodes to the level.
+    """A run of ppo.py -> {name of COMPARED: measured}, and episodes to the level.
 
     Success is the area under the curve of the success rate over the iterations: its mean, 0 to 1. The level is one of
     greedy_nk, which is a straight line between evaluations; the episodes are nan if it never gets there.
@@ -447,7 +450,8 @@ def outcome(tables, log, level=0.8):
     else:
         episodes = x[0] if i == 0 else x[i - 1] + (level - y[i - 1]) / (y[i] - y[i - 1]) * (x[i] - x[i - 1])
     final = {cell.split()[0]: x[0] for cell, x in tables["after"].items()}  # N+k comes after N
-    return final | dict(success=np.nanmean(log["success"])), episodes
+    kept = next(x[0] for cell, x in tables["after"].items() if cell.startswith("identical"))
+    return final | dict(kept=kept, success=np.nanmean(log["success"])), episodes
 
 
 def compare(args):
@@ -460,15 +464,14 @@ def compare(args):
         if any(x != alike[0] for x in alike):
             raise UserError("these runs differ in more than alpha and the seeds; use controls, or leave some out")
         runs.sort(key=lambda run: run[1][1])
-    names = {"identical": "identical N+k", "varying": "varying N+k", "success": "success in training"}
-    print("| setting | runs | " + "".join(f"{name}, % | minus the first's | " for name in names.values()) +
-          "reached 80% | after episodes |\n|" + 10 * "---|")
+    print("| setting | runs | " + "".join(f"{name}, % | minus the first's | " for name in COMPARED.values()) +
+          "reached 80% | after episodes |\n|" + (4 + 2 * len(COMPARED)) * "---|")
     groups = group_runs(runs)
     first = next(iter(groups.values()))
-    shown = {name: [] for name in names}  # of each setting the mean, low, high
+    shown = {name: [] for name in COMPARED}  # of each setting the mean, low, high
     for label, members in groups.items():
         cells = []
-        for name in names:
+        for name in COMPARED:
             values, firsts = ({run: 100 * measured[name] for run, _, measured, _ in these} for these in (members, first))
             shown[name].append(bootstrap(units(values)))
             cells.append("{:.1f} [{:.1f}, {:.1f}]".format(*shown[name][-1]))
@@ -478,23 +481,24 @@ def compare(args):
         episodes = [member[3] for member in members if member[3] == member[3]]
         cells += [f"{len(episodes)} of {len(members)}", f"{np.mean(episodes):,.0f}" if episodes else ""]
         print(f"| {label} | {len(members)} | " + " | ".join(cells) + " |")
-    figure, axis = plt.subplots(figsize=(4.5, 3.2 if args.verb == "alpha" else 0.4 * len(groups) + 1))
+    figure, axis = plt.subplots(figsize=(4.5, 3.2) if args.verb == "alpha" else (6.5, 0.5 * len(groups) + 1))
     for i, (name, means) in enumerate(shown.items()):
         mean, low, high = np.array(means).T
         if args.verb == "alpha":
             axis.errorbar([members[0][1] for members in groups.values()], mean, [mean - low, high - mean],
-                          fmt=("o-", "s--", "^:")[i], capsize=3, label=names[name])
+                          fmt=("o-", "s--", "^:", "v-.")[i], capsize=3, label=COMPARED[name])
         else:
-            axis.barh(np.arange(len(groups)) + 0.27 * (i - 1), mean, 0.27, xerr=[mean - low, high - mean],
-                      color=("0.35", "0.65", "0.9")[i], edgecolor="0.2", capsize=2, label=names[name])
+            axis.barh(np.arange(len(groups)) + 0.2 * (i - 1.5), mean, 0.2, xerr=[mean - low, high - mean],
+                      color=("0.3", "0.55", "0.8", "1.0")[i], edgecolor="0.2", capsize=2, label=COMPARED[name])
     if args.verb == "alpha":
         axis.set_xscale("symlog", linthresh=1)
         axis.set(xlabel="alpha (0 = standard KL)", ylabel="accuracy (%)", ylim=(0, 103))
     else:
         axis.set_yticks(range(len(groups)), groups, fontsize=8)
+        axis.margins(y=0.02)
         axis.invert_yaxis()
         axis.set(xlabel="accuracy (%)", xlim=(0, 103))
-    save_figure(figure, args.out, f"{args.verb}.png", axis)
+    save_figure(figure, args.out, f"{args.verb}.png", axis, columns=2)
 
 
 # --------------------------------------------------------------------------- frontier

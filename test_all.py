@@ -1369,7 +1369,7 @@ class Analyze(unittest.TestCase):
         log["success"] = np.array([np.nan, 0.2, 0.4, 0.9])
         tables = dict(after={"identical N": [0.9, 1, 1], "identical N+1": [0.3, 0, 1], "varying N": [1.0, 1, 1], "varying N+1": [0.7, 0.6, 0.8]})
         measured, episodes = analyze.outcome(tables, log)
-        self.assertEqual({name: round(x, 9) for name, x in measured.items()}, dict(identical=0.3, varying=0.7, success=0.5))
+        self.assertEqual({name: round(x, 9) for name, x in measured.items()}, dict(identical=0.3, varying=0.7, kept=0.9, success=0.5))
         self.assertAlmostEqual(episodes, 30)  # half-way from 0.6 at 20 to 1.0 at 40
         log["greedy_nk"] = np.array([0.2, np.nan, 0.6, 0.7])
         self.assertTrue(np.isnan(analyze.outcome(tables, log)[1]), "never reached")
@@ -1385,14 +1385,15 @@ class Analyze(unittest.TestCase):
             os.mkdir(folder)
             pretrain.write_file(f"{folder}/settings.json", json.dumps(dict(alpha=alpha, seed=seed, digits=5)).encode())
             pretrain.write_file(f"{folder}/log.csv", f"iteration,episodes,success,greedy_nk\n0,0,,0.4\n1,10,0.{alpha}1,\n2,20,0.{seed},0.8\n".encode())
-            table = {(mode, 6): (x, x, x) for mode, x in (("identical", final / 2), ("varying", final))}
+            table = {(mode, n): (x, x, x) for mode, x in (("identical", final / 2), ("varying", final)) for n in (5, 6)}
+            table["identical", 5] = (1 - alpha / 1000,) * 3
             pretrain.save_tables(folder, before=table, after=table)
         for verb in ("alpha", "controls"):
             _, printed = quiet(analyze.main, [verb, "a0s1", "a0s2", "a100s1", "a100s2"])
-            first = "| alpha 0 | 2 | 30.0 [25.0, 35.0] |  | 60.0 [50.0, 70.0] |  | 8.0 [5.5, 10.5] |  | 2 of 2 | 20 |"
+            first = "| alpha 0 | 2 | 30.0 [25.0, 35.0] |  | 60.0 [50.0, 70.0] |  | 100.0 [100.0, 100.0] |  | 8.0 [5.5, 10.5] |  | 2 of 2 | 20 |"
             self.assertIn(first, printed)  # success: (0.01 + 0.1) / 2 and (0.01 + 0.2) / 2
             row = ("| alpha 100 | 2 | 45.0 [45.0, 45.0] | +15.0 [+10.0, +20.0] | 90.0 [90.0, 90.0] | +30.0 [+20.0, +40.0] "
-                   "| 12.5 [10.0, 15.0] | +4.5 [+4.5, +4.5] | 2 of 2 | 20 |")
+                   "| 90.0 [90.0, 90.0] | -10.0 [-10.0, -10.0] | 12.5 [10.0, 15.0] | +4.5 [+4.5, +4.5] | 2 of 2 | 20 |")
             self.assertIn(row, printed)  # (0.1001 + 0.1) / 2 and (0.1001 + 0.2) / 2
             self.assertTrue(os.path.exists(f"out/figures/{verb}.png"))
         _, printed = quiet(analyze.main, ["alpha", "a100s1", "a100s2", "a0s1", "a0s2"])
