@@ -1465,7 +1465,7 @@ class Analyze(unittest.TestCase):
         options = "--repeats 1 --digits 1 --device cpu --checkpoint model.pt"
         with mock.patch.object(analyze, "SIZES", [("batch", 2), ("width", 64)]), mock.patch.dict(analyze.PRESETS, small=tiny):
             _, printed = quiet(analyze.main, ["speed", *options.split()])
-        for row in ("pre-training, 8 steps", "plain:", "from drafts", "prefill", "decode", "score", "update", "batch   2",
+        for row in ("pre-training, 8 steps", "plain:", "from drafts", "without a cache", "prefill", "decode", "score", "update", "batch   2",
                     "width   64", "  temperature 2, 0% right"):
             self.assertIn(row, printed)
         reached = [int(x) for x in re.findall(r" (\d+)%", printed)]
