@@ -634,40 +634,49 @@ def sweep(args):
 
 
 # --------------------------------------------------------------------------- all
-ALL = {  # runs under assets/runs: what is made of them
-    "pretrain/*": ("accuracy",),
-    "settings/*": ("accuracy",),
-    "ratio/*": ("accuracy",),
-    "no_ratio/*": ("accuracy",),
-    "default/*": ("accuracy", "controls", "frontier"),
-    "default/alpha0_* default/alpha3_* default/none_*": ("curves", "drift"),
-    "default/alpha*_seed0": ("alpha",),
-    "default/alpha0_*seed0 default/alpha3_*seed0 minibatches/*": ("accuracy", "controls"),
-    "cool/*": ("accuracy", "controls"),
-    "results/*": ("accuracy", "controls", "frontier"),
-    "results/alpha0_* results/alpha3_* results/alpha100_* results/none_*": ("curves", "critical", "drift"),
-    "mid_lr/*": ("accuracy", "frontier"),
-    "mid_lr/kl0.03_alpha0_* mid_lr/kl0.1_mask_* mid_lr/kl0.1_alpha3_* mid_lr_more/*": ("accuracy", "controls"),
-    "lr3e-4/*": ("accuracy", "controls", "frontier"),
-    "high_lr_t2/*": ("accuracy", "frontier"),
-    "high_lr_t2/kl0.1_alpha[03]_* high_lr_t2/kl0.05_* high_lr_more/*": ("accuracy", "controls"),
-    "high_lr/*": ("accuracy", "controls", "frontier", "drift"),
-    "levels/*": ("accuracy",),
-    "level7/*": ("accuracy", "controls", "curves"),
-    "coarse/*": ("accuracy",),
-    "pilot/*": ("accuracy",),
+ALL = {  # folder of the pictures: (runs under assets/runs, the first is what the others are compared with; what is made of them)
+    "pretrain": ("pretrain/*", "accuracy"),
+    "settings": ("settings/*", "accuracy"),
+    "ratio": ("ratio/*", "accuracy"),
+    "no_ratio": ("no_ratio/*", "accuracy"),
+    "default": ("default/alpha3_* default/alpha0_* default/none_* default/kl0.05_* default/kl0.03_* default/alpha100_* "
+                "default/matched_model*", "controls"),
+    "default_curves": ("default/alpha0_* default/alpha3_* default/none_*", "curves drift"),
+    "default_all": ("default/*", "accuracy frontier"),
+    "places": ("default/alpha3_*seed0 default/matched_alpha3_* default/shuffled_* default/mask_model* default/mask_alpha3_*",
+               "controls"),
+    "exponents": ("default/alpha*_seed0", "alpha"),
+    "temperature_1": ("results/alpha100_* results/alpha0_* results/alpha3_* results/alpha30_* results/alpha300_* "
+                      "results/matched_* results/shuffled_* results/none_*", "controls frontier"),
+    "temperature_1_curves": ("results/alpha0_* results/alpha3_* results/alpha100_* results/none_*", "curves critical drift"),
+    "lr_2e-4": ("mid_lr*/kl0.1_alpha3_* mid_lr*/kl0.03_alpha0_* mid_lr*/kl0.1_mask_* mid_lr/none_*", "controls"),
+    "lr_2e-4_all": ("mid_lr/*", "accuracy frontier"),
+    "lr_3e-4": ("lr3e-4/kl0.03_alpha3_* lr3e-4/kl0.03_alpha0_* lr3e-4/kl0.1_mask_* lr3e-4/none_*", "controls"),
+    "lr_3e-4_all": ("lr3e-4/*", "accuracy frontier"),
+    "lr_5e-4": ("high_lr_*/kl0.1_alpha3_* high_lr_*/kl0.1_alpha0_* high_lr_*/kl0.05_* high_lr_t2/kl0.1_mask_* "
+                "high_lr_t2/none_*", "controls"),
+    "lr_5e-4_all": ("high_lr_t2/*", "accuracy frontier"),
+    "lr_5e-4_temperature_1": ("high_lr/kl0.1_alpha100* high_lr/kl0.1_alpha0* high_lr/kl0.3_alpha100* high_lr/kl0.3_alpha0* "
+                              "high_lr/none*", "controls drift"),
+    "cool": ("cool/*", "controls"),
+    "minibatches": ("minibatches/mb2_alpha3_* minibatches/mb2_alpha0_* default/alpha3_*seed0 default/alpha0_*seed0", "controls"),
+    "levels": ("levels/*", "accuracy"),
+    "level7": ("level7/*", "controls curves"),
+    "sizes": ("sizes/narrow_alpha3_* sizes/narrow_alpha0_* sizes/narrow_kl0.05_* sizes/narrow_none_*", "controls"),
+    "coarse": ("coarse/*", "accuracy"),
+    "pilot": ("pilot/*", "accuracy"),
 }
 
 
 def everything(args):
     """The tables and figures that need no checkpoint, from the runs that the README tells of."""
-    for patterns, shown in ALL.items():
+    for name, (patterns, shown) in ALL.items():
         patterns = [os.path.join(args.runs, pattern) for pattern in patterns.split()]
         runs = [folder for pattern in patterns for folder in sorted(glob.glob(pattern))]
         if not runs:
             raise UserError(f"no runs are {' '.join(patterns)}; give the folder of the README's runs with --runs")
-        for verb in shown:
-            out = ["--out", os.path.join(args.out, os.path.basename(os.path.dirname(runs[-1])))]
+        for verb in shown.split():
+            out = ["--out", os.path.join(args.out, name)]
             print("\npython analyze.py", verb, *patterns, *out)
             main([verb, *runs, *out])
 
@@ -897,7 +906,7 @@ def main(argv=None):
     verb.set_defaults(run=sweep)
 
     verb = verbs.add_parser("all", help="the tables and figures that need no checkpoint, from the logs under a folder")
-    verb.add_argument("--runs", default="assets/runs", help="the folder that holds them, sets as " + ", ".join(ALL))
+    verb.add_argument("--runs", default="assets/runs", help="the folder that holds them")
     verb.set_defaults(run=everything)
 
     verb = verbs.add_parser("speed", help="how fast each phase is on this machine, and how fast it could be")

@@ -1421,38 +1421,38 @@ class Analyze(unittest.TestCase):
 
     def test_all_and_frontier(self):
         enter_a_new_folder(self)
-        for name in {os.path.dirname(pattern) for patterns in analyze.ALL for pattern in patterns.split()}:
-            for alpha in (0, 3):
-                folder = f"runs/{name}/alpha{alpha}_seed{int(name != 'default')}"  # of default ALL asks for seed 0
-                os.makedirs(folder)
-                settings = dict(alpha=alpha, kl_coef=0.1, seed=0, digits=5, minibatches=1 + (name == "minibatches"))
-                settings = settings if name not in ("pretrain", "levels") else dict(seed=alpha, digits=5)
-                pretrain.write_file(f"{folder}/settings.json", json.dumps(settings).encode())
-                log = "iteration,episodes,kl,success,greedy_n,sampled_n,greedy_nk,ce_old,p_critical,p_l1o1\n"
-                log += f"0,0,,,1,1,0.4,0.1,0.5,0.5\n1,10,0.{alpha + 1},0.5,1,0.75,0.8,0.2,0.6,0.6\n"
-                pretrain.write_file(f"{folder}/log.csv", log.encode())
-                table = {("identical", 6): (0.25, 0.2, 0.3), ("varying", 6): (0.5, 0.4, 0.6)}
-                pretrain.save_tables(folder, **(dict(before=table) if "alpha" in settings else {}), after=table)
+        patterns = {pattern for patterns, _ in analyze.ALL.values() for pattern in patterns.split()}
+        for seed, folder in enumerate(sorted({f"runs/{pattern.replace('*', str(i))}" for pattern in patterns for i in (0, 3)})):
+            os.makedirs(folder)
+            settings = dict(alpha=3.0 * folder.endswith("3"), kl_coef=0.1, seed=seed, digits=5)
+            settings = settings if folder.split("/")[1] not in ("pretrain", "levels") else dict(seed=seed, digits=5)
+            pretrain.write_file(f"{folder}/settings.json", json.dumps(settings).encode())
+            log = "iteration,episodes,kl,success,greedy_n,sampled_n,greedy_nk,ce_old,p_critical,p_l1o1\n"
+            log += f"0,0,,,1,1,0.4,0.1,0.5,0.5\n1,10,0.{1 + 3 * folder.endswith('3')},0.5,1,0.75,0.8,0.2,0.6,0.6\n"
+            pretrain.write_file(f"{folder}/log.csv", log.encode())
+            table = {("identical", 6): (0.25, 0.2, 0.3), ("varying", 6): (0.5, 0.4, 0.6)}
+            pretrain.save_tables(folder, **(dict(before=table) if "alpha" in settings else {}), after=table)
         _, printed = quiet(analyze.main, ["all", "--runs", "runs"])
-        self.assertIn("| alpha 3 | 0.1 | 1 | 0.250 [0.250, 0.250] | 0.500 [0.500, 0.500] | 0.4000 [0.4000, 0.4000] | 0.20000 [0.20000, 0.20000] | "
+        self.assertIn("| alpha 3 | 0.1 | 2 | 0.250 [0.250, 0.250] | 0.500 [0.500, 0.500] | 0.4000 [0.4000, 0.4000] | 0.20000 [0.20000, 0.20000] | "
                       "0.75 [0.75, 0.75] |", printed)
-        for name in ("default/alpha", "default/controls", "results/curves", "results/critical", "results/drift", "results/frontier"):
+        for name in ("exponents/alpha", "places/controls", "level7/curves", "temperature_1_curves/critical",
+                     "default_curves/drift", "lr_5e-4_all/frontier"):
             self.assertTrue(os.path.exists(f"out/figures/{name}.png"), name)
         for verb in ("alpha", "controls", "frontier"):
-            pretrain.write_file("runs/pretrain/alpha0_seed1/log.csv", b"step,loss\n1,2\n")
-            with self.assertRaisesRegex(pretrain.UserError, "^runs/pretrain/alpha0_seed1 is not a run of ppo.py"):
-                analyze.main([verb, "runs/results/alpha0_seed1", "runs/pretrain/alpha0_seed1"])
-        pretrain.save_tables("runs/pretrain/alpha0_seed1", after={("varying", 3): (0.5, 0.4, 0.6)})
+            pretrain.write_file("runs/pretrain/0/log.csv", b"step,loss\n1,2\n")
+            with self.assertRaisesRegex(pretrain.UserError, "^runs/pretrain/0 is not a run of ppo.py"):
+                analyze.main([verb, "runs/results/alpha0_0", "runs/pretrain/0"])
+        pretrain.save_tables("runs/pretrain/0", after={("varying", 3): (0.5, 0.4, 0.6)})
         with self.assertRaisesRegex(pretrain.UserError, "other tables"):
-            analyze.main(["accuracy", "runs/results/alpha0_seed1", "runs/pretrain/alpha0_seed1"])
-        pretrain.write_file("runs/pretrain/alpha0_seed1/accuracies.json", b"[1]")
+            analyze.main(["accuracy", "runs/results/alpha0_0", "runs/pretrain/0"])
+        pretrain.write_file("runs/pretrain/0/accuracies.json", b"[1]")
         with self.assertRaisesRegex(pretrain.UserError, "not the folder of a finished run"):
-            analyze.main(["accuracy", "runs/pretrain/alpha0_seed1"])
+            analyze.main(["accuracy", "runs/pretrain/0"])
         with self.assertRaisesRegex(pretrain.UserError, "^no runs are nowhere"):
             analyze.main(["all", "--runs", "nowhere"])
-        pretrain.write_file("runs/results/alpha3_seed1/settings.json", b'{"alpha": 3, "seed": 0, "lr": 1, "digits": 5}')
+        pretrain.write_file("runs/results/alpha3_3/settings.json", b'{"alpha": 3, "seed": 0, "lr": 1, "digits": 5}')
         with self.assertRaisesRegex(pretrain.UserError, "more than alpha"):
-            analyze.main(["alpha", "runs/results/alpha0_seed1", "runs/results/alpha3_seed1"])
+            analyze.main(["alpha", "runs/results/alpha0_0", "runs/results/alpha3_3"])
 
     def test_speed(self):
         """Every row is there; the count of operations, worked out by hand."""
