@@ -751,10 +751,10 @@ class Work:
 
     @torch.no_grad()
     def without_cache(self):
-        """60 tokens for each of two prompts, the whole text read again for each, as in the paper's code."""
-        ids = torch.tensor([self.prompts[0], self.prompts[0]], device=self.device)
+        """60 tokens for one prompt, twice, the whole text read again for each, as in the paper's code."""
+        model, ids = pretrain.to_sample(self.policy), torch.tensor([self.prompts[0], self.prompts[0]], device=self.device)
         for _ in range(60):
-            ids = torch.cat([ids, self.policy(ids)[0][:, -1:].argmax(-1)], 1)
+            ids = torch.cat([ids, model(ids)[0][:, -1:].argmax(-1)], 1)
 
     def score(self):
         prompt_len = torch.tensor([len(p) for p in self.prompts], device=self.device)

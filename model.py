@@ -61,6 +61,8 @@ class CausalSelfAttention(nn.Module):
         if x.is_cpu and q.dtype is torch.bfloat16 and cache is None:
             with torch.autocast("cpu", enabled=False):  # it would take the softmax to float32
                 y = attention(q, k, v)
+        elif x.is_mps and cache is not None:  # some releases' fused kernel misreads such a mask (PyTorch pull request 184180)
+            y = F.softmax((q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).masked_fill(~seen, float("-inf")), -1) @ v
         else:  # The same in PyTorch's fused kernel, which in training is slower than ours on a CPU in bfloat16.
             y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -132,7 +134,7 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit the block of {self.config.block_size}")
         pos = torch.arange(T, device=idx.device)
         pos, seen = pos if offset is None else offset[:, None] + pos, None
-        if cache is not None:  # what would be read beyond its last place goes there: no choice follows that one
+        if cache is not None:  # Tokens beyond it are written to its last place: that spoils only what follows there, the end.
             pos = pos.expand(B, T).clamp(max=cache.shape[4] - 1)
             seen = (torch.arange(cache.shape[4], device=idx.device) <= pos[..., None])[:, None]  # (B, 1, T, S)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)
@@ -190,7 +192,7 @@ def go_on(draft, written, near):
     """Where each row's draft goes on: draft (B, S), the row's last tokens (B, MATCH), indices (B,) -> indices (B,).
 
     After the tokens that were written, if they are in the draft, at the place nearest to `near`; else at `near`. So a row
-    that leaves something out, or writes it twice, finds its way back.
+    that leaves something out, or writes it twice, usually finds its way back in a few steps.
     """
     after = torch.arange(MATCH, draft.shape[1] + 1, device=draft.device)  # the index behind each window of MATCH tokens
     other = (draft.unfold(1, MATCH, 1) != written[:, None]).any(-1)  # (B, windows)
@@ -202,7 +204,7 @@ def go_on(draft, written, near):
 def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, drafts=None, static=None):
     """Continue a batch of prompts of different lengths in one pass, with a cache of keys and values.
 
-    prompts: list of B lists of ids. All rows begin at position 0 and go on at their own pace: a row still inside its
+    prompts: list of B lists of ids, one at least. All rows begin at position 0 and go on at their own pace: a row still inside its
         prompt reads its prompt's next token, the others their own last choice. No padding mask, no grouping by length.
     max_new_tokens: the most tokens to add to a row (fewer where the block ends).
     temperature: of the softmax that is sampled, with `generator`; 0 is greedy.
@@ -233,13 +235,14 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, dr
     cache = torch.zeros(shape, dtype=model.lm_head.weight.dtype, device=device)
     static = device.type == "cuda" if static is None else static
     start = torch.zeros_like(rows)  # (n,) how many tokens of each row are in the cache; the next one is known
-    ahead = start + 1  # (n,) where its draft goes on after that one
+    shift = torch.zeros_like(rows)  # (n,) token t of a row is expected at t + shift in its draft
     width = int(prompt_len[rows].min()) if len(rows) else 0  # tokens to read in a step: at first what all prompts have
     step, run = 0, None
     while len(rows):
         # 1. Read the tokens that are known, then those of the draft.
         i, places = rows[:, None], torch.arange(width, device=device)  # (n, 1), (width,)
-        pos, guess = (start[:, None] + places).clamp(max=T), (ahead[:, None] - 1 + places).clamp(max=T)
+        pos = start[:, None] + places
+        pos, guess = pos.clamp(max=T), (pos + shift[:, None]).clamp(0, T)
         read = torch.where(ids[i, pos] == UNKNOWN, draft[i, guess], ids[i, pos])  # (n, width)
         if static and step > 0:
             if run is None:
@@ -250,27 +253,31 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, dr
         else:  # as much of the cache as there are tokens
             logits, _ = model(read.clamp(min=0), start, cache[..., : int(start.max()) + width, :])
         # 2. Choose a token after each; the prompt's own are given.
-        chosen, behind = sample(logits.flatten(0, 1), temperature, generator).view_as(read), (pos + 1).clamp(max=T)
-        chosen = torch.where(ids[i, behind] == UNKNOWN, chosen, ids[i, behind])
-        # 3. Keep those behind tokens that are the row's own: the first token read is, the others if they were chosen.
+        chosen = sample(logits.flatten(0, 1), temperature, generator).view_as(read)
+        after = (pos + 1).clamp(max=T)
+        chosen = torch.where(ids[i, after] == UNKNOWN, chosen, ids[i, after])
+        # 3. Keep the choices after tokens that are the row's own. The first one read is, and so is each other if it and all
+        # before it were chosen: of 5 7 9 2 read and 7 9 4 1 chosen, 5 7 9 are its own, and 7 9 4 are kept.
         own = F.pad(read[:, 1:] != chosen[:, :-1], (1, 0)).cumsum(1) == 0
-        ids[i, torch.where(own, behind, T)] = chosen
-        start, ahead, step = start + own.sum(1), ahead + own.sum(1), step + 1
+        ids[i, torch.where(own, after, T)] = chosen
+        start, step = start + own.sum(1), step + 1
         width = 1
         if drafts:
             width = min(DRAFTED, T)
-            ahead = go_on(draft[rows], ids[i, (start[:, None] + torch.arange(1 - MATCH, 1, device=device)).clamp(0, T)], ahead)
-        # 4. The last rows take the places of those that have ended. To ask each time would leave a GPU without work.
+            written = ids[i, (start[:, None] + torch.arange(1 - MATCH, 1, device=device)).clamp(0, T)]
+            shift = go_on(draft[rows], written, start + 1 + shift) - (start + 1)
+        # 4. The last rows take the places of those that have ended. To ask each time would leave a GPU without work. A
+        # recorded step keeps its shape: there rows that have ended write on, which is blanked out in the end.
         if step % 4 == 0:
             going = row_lengths(ids[rows], most[rows]) > start + 1
             if static and going.any():
                 continue
             n = int(going.sum())
             ended, last = (~going[:n]).nonzero()[:, 0], n + going[n:].nonzero()[:, 0]
-            for x in (rows, start, ahead):
+            for x in (rows, start, shift):
                 x[ended] = x[last]
             cache[:, :, ended] = cache[:, :, last]
-            cache, rows, start, ahead = cache[:, :, :n], rows[:n], start[:n], ahead[:n]
+            cache, rows, start, shift = cache[:, :, :n], rows[:n], start[:n], shift[:n]
     lengths = row_lengths(ids[:, :T], most)
     T = min(T, math.ceil(int(lengths.max()) / 32) * 32)  # few widths: for each a CPU keeps kernels of its own
     return ids[:, :T].masked_fill(torch.arange(T, device=device) >= lengths[:, None], 0), lengths
