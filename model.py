@@ -204,8 +204,9 @@ def go_on(draft, written, near):
 def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, drafts=None, static=None):
     """Continue a batch of prompts of different lengths in one pass, with a cache of keys and values.
 
-    prompts: list of B lists of ids, one at least. All rows begin at position 0 and go on at their own pace: a row still inside its
-        prompt reads its prompt's next token, the others their own last choice. No padding mask, no grouping by length.
+    prompts: list of B lists of ids, one at least. All rows begin at position 0 and go on at their own pace: a row still
+        inside its prompt reads its prompt's next token, the others their own last choice. No padding mask, no grouping by
+        length.
     max_new_tokens: the most tokens to add to a row (fewer where the block ends).
     temperature: of the softmax that is sampled, with `generator`; 0 is greedy.
     drafts: B lists of ids, guesses at what will be written: speculative decoding (Leviathan et al. 2023). A step then reads
