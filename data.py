@@ -1,4 +1,4 @@
-"""Addition with a scratchpad, as text: vocabulary, problems, worked answers, critical tokens, grading.
+"""Addition with a scratchpad, as text: vocabulary, worked answers, critical tokens, problems.
 
 A problem is a prompt and an answer, one token a character (format after Lee et al. 2024, "Teaching
 arithmetic to small transformers"):
@@ -14,10 +14,9 @@ arithmetic to small transformers"):
     </scratch>
     3 9 5
 
-The prompt ends after "Target:", the answer begins with the line break and ends with the one after the result.
-
-A second task shows where another one goes: a problem (a, b) with b below 0 is the subtraction of -b, at most a. It
-borrows where addition carries: 12-5 has the line "[1,2] - [5] , A=[] , C=0 , 2-5-0=-3 , A->7 , C->1".
+The answer begins with the line break after "Target:" and ends with the one after the result. A
+second task, "subtract", shows where another task goes: a problem (a, b) with b < 0 is a - |b|,
+and 12-5 has the line "[1,2] - [5] , A=[] , C=0 , 2-5-0=-3 , A->7 , C->1".
 """
 import zlib
 
@@ -27,46 +26,40 @@ _ID = {char: i for i, char in enumerate(VOCAB)}
 
 
 def encode(text):
-    """'1+2' -> [13, 2, 14]. Raises ValueError naming a character outside the vocabulary."""
-    try:
-        return [_ID[char] for char in text]
-    except KeyError as missing:
-        raise ValueError(f"character {missing.args[0]!r} is not in the vocabulary {VOCAB!r}") from None
+    """'1+2' -> [13, 2, 14]. KeyError for a character outside the vocabulary."""
+    return [_ID[char] for char in text]
 
 
 def decode(ids):
-    """[13, 2, 14] -> '1+2'. Raises ValueError naming an id outside 0..V-1."""
-    ids = [int(i) for i in ids]
-    for i in ids:
-        if not 0 <= i < len(VOCAB):
-            raise ValueError(f"token id {i} is not in 0..{len(VOCAB) - 1}")
+    """[13, 2, 14] -> '1+2'. Raises IndexError for an id of V or more."""
     return "".join(VOCAB[i] for i in ids)
 
 
-# --------------------------------------------------------------------------- one problem
+# ------------------------------------------------------------------ one problem
 def prompt(a, b):
-    """prompt(367, 28) == 'Input:\\n367+28\\nTarget:', prompt(367, -28) == 'Input:\\n367-28\\nTarget:'"""
+    """prompt(367, 28) == 'Input:\\n367+28\\nTarget:'"""
     return f"Input:\n{a}{b:+}\nTarget:"
 
 
 def answer(a, b):
-    """The scratchpad and the result, as in the header above: one line a digit, least significant first.
+    """The scratchpad and the result, as in the header above: one line a digit, last digit first.
 
-    A line shows the digits of both numbers that are left, the result's digits so far (A) and the carry (C); then the
-    last digits of both (0 where none is left) and the carry, added; the digit that goes in front of A; the new carry.
-    There is a line for each digit of the longer number. The closing line has no comma between A and C. A final carry
-    stays in C and is not put in front of A: 99+1 ends in "[] + [] , A=[0,0] C=1 , END". A subtraction has - for +
-    everywhere, its carry, 0 or 1 as well, is what was borrowed. The result is a + b without leading zeros.
+    A line shows what is left of both numbers, the result's digits so far (A) and the carry (C);
+    then the sum of the last digits (0 where none is left) and the carry; the digit that goes in
+    front of A; the new carry. The closing line has no comma between A and C. A final carry stays in
+    C: 99+1 ends in "[] + [] , A=[0,0] C=1 , END". In a subtraction the carry is what was borrowed.
     """
-    x, y, sign = list(str(a)), list(str(abs(b))), "-" if b < 0 else "+"  # digits still to add, most significant first
+    sign = "-" if b < 0 else "+"
+    x, y = list(str(a)), list(str(abs(b)))  # digits that are left, most significant first
     result, carry, lines = [], 0, []
     while x or y:
         left = f"[{','.join(x)}] {sign} [{','.join(y)}] , A=[{','.join(result)}] , C={carry}"
         p, q = x.pop() if x else "0", y.pop() if y else "0"
         total = int(p) + int(sign + q) + int(f"{sign}{carry}")
-        lines.append(f"{left} , {p}{sign}{q}{sign}{carry}={total} , A->{total % 10} , C->{abs(total // 10)}")
-        result.insert(0, str(total % 10))
-        carry = abs(total // 10)
+        digit, new_carry = total % 10, abs(total // 10)
+        lines.append(f"{left} , {p}{sign}{q}{sign}{carry}={total} , A->{digit} , C->{new_carry}")
+        result.insert(0, str(digit))
+        carry = new_carry
     lines.append(f"[] {sign} [] , A=[{','.join(result)}] C={carry} , END")
     return "\n<scratch>\n" + "\n".join(lines) + "\n</scratch>\n" + " ".join(str(a + b)) + "\n"
 
@@ -79,111 +72,146 @@ def max_length(n_digits, task="add"):
     return len(prompt(a, b) + answer(a, b))
 
 
+def is_complete(text):
+    """True if the answer has ended: there is a line break after the line "</scratch>"."""
+    return "\n" in text.partition("</scratch>\n")[2]
+
+
 def grade(text, a, b):
-    """True if the result in a generated text is a + b; False for any other text, whatever it holds.
+    """True if the result in a text is a + b: grade("...</scratch>\\n3 9 5\\n", 367, 28) is True.
 
-    The result is what stands between the first '</scratch>\\n' and the next line break, which ends the
-    episode; it must be the digits of the sum separated by single spaces. What stands before the tag is not looked at.
-    grade("...</scratch>\\n3 9 5\\n", 367, 28) is True, grade("3 9 5\\n", 367, 28) is False.
+    The result is what stands between the first '</scratch>\\n' and the next line break: the digits
+    of the sum separated by single spaces. What stands before it is not graded.
     """
-    _, end_tag, rest = text.partition("</scratch>\n")
-    result, line_break, _ = rest.partition("\n")
-    return bool(end_tag and line_break) and result == " ".join(str(a + b))
+    result, line_break, _ = text.partition("</scratch>\n")[2].partition("\n")
+    return line_break == "\n" and result == " ".join(str(a + b))
 
 
+# ------------------------------------------------------------------ places in an answer
 def first_error(text, a, b):
-    """Index of the first character where a text leaves the right prompt + answer (its length if cut short), or None."""
+    """Index of the first character that differs from the right prompt + answer, or None.
+
+    A text that is cut short differs at its length.
+    """
     right = prompt(a, b) + answer(a, b)
-    same = next((i for i, (got, wanted) in enumerate(zip(text, right)) if got != wanted), min(len(text), len(right)))
-    return same if same < len(right) else None
+    for i, wanted in enumerate(right):
+        if text[i : i + 1] != wanted:
+            return i
+    return None
 
 
 def place(a, b, index):
-    """What stands at an index of the right prompt + answer: "line 2, operand 1", "line 3, sum", "result", ..."""
+    """What stands at an index of the right prompt + answer: "line 2, operand 1", "result", ..."""
     text = prompt(a, b) + answer(a, b)
-    first, end = text.index("<scratch>\n") + len("<scratch>\n"), text.index("</scratch>\n")
-    if not first <= index < end:
-        return "result" if index >= end + len("</scratch>\n") else "tag" if index >= len(prompt(a, b)) else "prompt"
-    *above, line = text[first:index].split("\n")
-    part = ("operand 1", "operand 2", "sum")[min(line.count("]"), 2)]
-    return f"line {len(above) + 1}, {part}"
+    *above, line = text[:index].split("\n")
+    if len(above) < 4:
+        return "tag" if len(above) == 3 else "prompt"
+    if "</scratch>" in above[-1:]:
+        return "result"
+    if text[index - len(line) :].startswith("</scratch>"):
+        return "tag"
+    return f"line {len(above) - 3}, {('operand 1', 'operand 2', 'sum', 'sum')[line.count(']')]}"
 
 
 def describe_error(text, a, b):
-    """What is wrong with a text: "line 1, operand 2: wrote '1' for '8'"; with a right one: "no error"."""
-    index, right = first_error(text, a, b), prompt(a, b) + answer(a, b)
+    """What is wrong with a text: "line 1, operand 2: wrote '1' for '8'"; else "no error"."""
+    index = first_error(text, a, b)
     if index is None:
         return "no error"
+    right = prompt(a, b) + answer(a, b)
     return f"{place(a, b, index)}: wrote {text[index : index + 1]!r} for {right[index]!r}"
 
 
-def critical_positions(a, b, n_digits):
-    """Where a model that was pre-trained on 1..n_digits digits meets its critical tokens.
+def _long_lists(a, b, n_digits):
+    """The lists in lines 1-3 of the operands that have more than n_digits digits, by g digits.
 
-    An operand g digits longer than n_digits has them in lines 1, 2 and 3 of the scratchpad: the last 2g
-    tokens before its list's closing bracket (a comma and a digit, g times), fewer where the list is shorter.
-    Returns {(line, operand, name): index into prompt + answer}, with line in 1..3, operand in 1..2 and name
-    "comma1" and "digit1" for the pair next to the bracket, "comma2" and "digit2" for the one before, ...
-    An example, n_digits = 2, 367+28, line 1: '[3,6,7]' holds (1, 1, "comma1") and (1, 1, "digit1"), the ',7'.
+    Yields (line, operand, index of "[", index of "]", g).
     """
     text = prompt(a, b) + answer(a, b)
-    positions, line_start = {}, text.index("<scratch>\n") + len("<scratch>\n")
+    bracket = text.index("<scratch>")
     for line in range(1, min(3, len(str(max(a, abs(b))))) + 1):
-        bracket = line_start
         for operand, number in ((1, a), (2, abs(b))):
             bracket = text.index("]", bracket + 1)
-            list_start = text.rindex("[", 0, bracket)
-            for j in range(1, len(str(number)) - n_digits + 1):
-                comma, digit = bracket - 2 * j, bracket - 2 * j + 1
-                if digit > list_start:
-                    positions[line, operand, f"digit{j}"] = digit
-                if comma > list_start:
-                    positions[line, operand, f"comma{j}"] = comma
-        line_start = text.index("\n", line_start) + 1
+            g = len(str(number)) - n_digits
+            if g > 0:
+                yield line, operand, text.rindex("[", 0, bracket), bracket, g
+        bracket = text.index("\n", bracket)
+
+
+def critical_positions(a, b, n_digits):
+    """The paper's critical tokens for a model that was pre-trained on 1..n_digits digits.
+
+    An operand g digits longer than n_digits has them in lines 1, 2 and 3: the last 2g tokens before
+    its list's closing bracket (a comma and a digit, g times), fewer where the list is shorter.
+    Returns {(line, operand, name): index into prompt + answer}; name is "comma1" and "digit1" for
+    the pair next to the bracket, "comma2" and "digit2" for the pair before it, and so on.
+    n_digits = 2, 367+28, line 1: the ',7' in '[3,6,7]' are (1, 1, "comma1"), (1, 1, "digit1").
+    """
+    positions = {}
+    for line, operand, opening, bracket, g in _long_lists(a, b, n_digits):
+        for j in range(1, g + 1):
+            for name, index in (f"comma{j}", bracket - 2 * j), (f"digit{j}", bracket - 2 * j + 1):
+                if index > opening:
+                    positions[line, operand, name] = index
     return positions
 
 
-# --------------------------------------------------------------------------- many problems
+def copied_positions(a, b, n_digits):
+    """The digit just before a list's critical tokens: {(line, operand): index}.
+
+    A model that never saw so long a list often copies the list's last digit there: '[3,7' for
+    '[3,6,7'. The paper names this error, but its set of critical tokens leaves the digit out.
+    """
+    return {(line, operand): bracket - 2 * g - 1
+            for line, operand, opening, bracket, g in _long_lists(a, b, n_digits)
+            if bracket - 2 * g - 1 > opening}
+
+
+# ------------------------------------------------------------------ many problems
 def held_out(a, b):
-    """True for the tenth of all problems that no training ever sees: every accuracy is measured on these."""
-    return zlib.crc32(f"{a}{b:+}".encode()) % 10 == 0
+    """True for the tenth of all problems that no training sees. Accuracies are measured on these.
+
+    a+b and b+a count as one problem: both are held out, or neither is.
+    """
+    return zlib.crc32(f"{max(a, b)}{min(a, b):+}".encode()) % 10 == 0
 
 
 def _number(rng, length):
-    """Uniform over the numbers of exactly `length` digits; a 1-digit number may be 0. Any length will do."""
-    digits = rng.integers(0, 10, length)
+    """Uniform over the numbers of exactly `length` digits; a 1-digit number may be 0."""
+    digits = rng.integers(0, 10, length)  # digit by digit: no limit on the length
     if length > 1:
         digits[0] = rng.integers(1, 10)
     return int("".join(map(str, digits)))
 
 
 def sample_pair(rng, n_digits, mode, extra_digits=1, test=False, task="add"):
-    """One problem (a, b), drawn with `rng`, a numpy Generator. In task "subtract" the larger number comes first.
+    """One problem (a, b), drawn with `rng`, a numpy Generator.
 
     mode "train":     both lengths uniform in 1..n_digits
          "identical": both operands have exactly n_digits digits
-         "varying":   one operand (either, at random) has n_digits digits, the other 1..n_digits
-         "rl":        one operand (either) has n_digits + extra_digits; the other's length is, half of the time,
-                      uniform in 1..n_digits and, half of the time, in n_digits+1..n_digits+extra_digits
-    test: draw from the held-out problems; else from all the others.
+         "varying":   one operand (either) has n_digits digits, the other 1..n_digits
+         "rl":        one operand (either) has n_digits + extra_digits digits; the other's length is
+                      uniform in 1..n_digits half of the time, else in the longer ones
+    test: draw from the held-out problems, else from all others.
+    In the task "subtract" the larger number comes first. ValueError for another mode.
     """
+    if mode not in ("train", "identical", "varying", "rl"):
+        raise ValueError(f"mode {mode!r} is not one of train, identical, varying, rl")
     while True:
-        long = n_digits
+        first = n_digits
+        second = rng.integers(1, n_digits + 1)
         if mode == "train":
-            long, short = rng.integers(1, n_digits + 1), rng.integers(1, n_digits + 1)
+            first = rng.integers(1, n_digits + 1)
         elif mode == "identical":
-            short = n_digits
-        elif mode == "varying":
-            short = rng.integers(1, n_digits + 1)
+            second = n_digits
         elif mode == "rl":
-            long = n_digits + extra_digits
-            short = rng.integers(1, n_digits + 1) if rng.random() < 0.5 else rng.integers(n_digits + 1, long + 1)
-        else:
-            raise ValueError(f"mode {mode!r} is not one of train, identical, varying, rl")
-        a, b = _number(rng, int(long)), _number(rng, int(short))
+            first = n_digits + extra_digits
+            if rng.random() < 0.5:
+                second = rng.integers(n_digits + 1, first + 1)
+        a, b = _number(rng, int(first)), _number(rng, int(second))
         if mode in ("varying", "rl") and rng.random() < 0.5:
             a, b = b, a
         if task == "subtract":
             a, b = max(a, b), -min(a, b)
-        if held_out(a, b) == test and (b < 0) == (task == "subtract"):  # a-0 is not drawn: it would read a+0
+        if held_out(a, b) == test and (b < 0) == (task == "subtract"):  # never a-0: it reads a+0
             return a, b
