@@ -1,4 +1,4 @@
-"""The prioritized KL penalty: stay near the pre-trained model, except where it is unsure.
+"""The prioritized KL penalty: stay near the pre-trained model, but less where it is unsure.
 
 "Ignore the KL Penalty! Boosting Exploration on Critical Tokens to Enhance RL Fine-Tuning"
 (arXiv 2502.06533). B sequences, T tokens, V vocabulary; pi is the policy, pi_ref the frozen
@@ -22,7 +22,7 @@ def certainty(ref_logits):
 def prioritized_kl(logp, ref_logp, weight):
     """Eq. 1 for each token taken: weight * k2, with weight = J(s)^alpha.  All (B, T) -> (B, T).
 
-    k2 = (log pi - log pi_ref)^2 / 2 (Schulman 2020). On-policy, the gradient of its mean is that of
+    k2 = (log pi - log pi_ref)^2 / 2 (Schulman 2020). On-policy, the mean of its gradient is that of
     the KL. It flows through logp alone. alpha = 0: every weight is 1, the standard penalty.
     logp = -1, ref_logp = -3, weight = 1/2: (1/2) * 2^2 / 2 = 1.
     """

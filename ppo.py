@@ -260,7 +260,8 @@ def explain(batch, pairs, args):
     log_ratio = batch["old_logp"] - batch["ref_logp"]
     k2, sure = log_ratio**2 / 2, certainty(batch["ref_logits"])
     penalty = prioritized_kl(batch["old_logp"], batch["ref_logp"], batch["weight"])
-    cost = k2 * critical * (batch["success"][:, None] + 1e-6)
+    # Before the first update k2 is 0 everywhere: then the least certain critical token is shown.
+    cost = (k2 + 1e-6 * (1 - sure)) * critical * (batch["success"][:, None] + 1e-6)
     i = int(cost.amax(1).argmax())
     (a, b), text = pairs[i], texts[i]
     normalized = normalize(batch["advantages"], batch["mask"])
@@ -389,7 +390,7 @@ def main(argv=None):
           "P(right): critical, copied digit")
 
     # 3. Train.
-    measured = "success -, N -, N+k -"
+    measured = "N -, N+k -"
     bar = tqdm(range(len(run.rows), args.iterations + 1), desc="ppo", unit="it",
                initial=len(run.rows), total=args.iterations + 1, dynamic_ncols=True)
     for iteration in bar:

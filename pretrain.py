@@ -131,8 +131,8 @@ def write_answers(model, pairs, temperature, generator):
     """Let the model answer all problems -> ids (B, T), prompt_len (B,), lengths (B,).
 
     To save steps it first reads the right answers in one pass, and samples a token after each of
-    theirs. Up to and with the first that differs, that is just what it would have written token by
-    token: each was drawn after the same text. `generate` goes on from there.
+    theirs. Up to and with the first that differs, that is what it would have written token by token
+    (up to rounding): each was drawn after the same text. `generate` goes on from there.
     """
     ids, prompt_len, lengths = to_batch(pairs, model.lm_head.weight.device)
     tokens = sample(read(model, ids, lengths)[0], temperature, generator)  # (B, T)
@@ -293,7 +293,7 @@ def check_range(ap, args, low, *names):
             ap.error(f"--{name} must be {low} or more, not {getattr(args, name)}")
 
 
-NOT_SETTINGS = ("checkpoint", "device", "out", "fresh", "explain")  # they do not change a result
+NOT_SETTINGS = ("checkpoint", "device", "out", "fresh", "explain")  # instead: "pretrained"
 
 
 def default_folder(ap, args, prefix, unnamed):
