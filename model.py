@@ -4,7 +4,6 @@ B sequences, T tokens, V vocabulary, C embedding width, H attention heads of wid
 """
 import math
 import os
-import pickle
 import sys
 import zipfile
 import zlib
@@ -256,8 +255,8 @@ def load(path):
         if zipfile.ZipFile(path).testzip() is None:  # every part has its checksum
             return torch.load(path, map_location="cpu", weights_only=True)
         reason = "its checksum is wrong"
-    except (OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a damaged byte can raise almost anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
     stop(f"cannot load {path} ({reason}); make it again with pretrain.py or ppo.py")
 
 

@@ -96,7 +96,8 @@ def token_logp(logits, actions):
 def explained_variance(returns, values, mask):
     """1 - Var(returns - values) / Var(returns) over the mask: 1 = perfect, 0 = a constant."""
     returns, values = returns[mask > 0], values[mask > 0]
-    return 1 - (returns - values).var() / returns.var()  # nan if all returns are equal
+    variance = returns.var()  # 0 up to rounding if all returns are equal: nothing to explain
+    return 1 - (returns - values).var() / variance if variance > 1e-8 else variance * math.nan
 
 
 # ------------------------------------------------------------------ one iteration
@@ -257,9 +258,9 @@ def explain(batch, pairs, args):
     texts = [data.decode([state[0], *actions[:n]]) for state, actions, n in zip(
         batch["states"].tolist(), batch["actions"].tolist(), batch["lengths"].tolist())]
     critical = known_critical(texts, pairs, args.digits, batch["mask"])
-    log_ratio = batch["old_logp"] - batch["ref_logp"]
-    k2, sure = log_ratio**2 / 2, certainty(batch["ref_logits"])
-    penalty = prioritized_kl(batch["old_logp"], batch["ref_logp"], batch["weight"])
+    sure = certainty(batch["ref_logits"])
+    k2 = prioritized_kl(batch["old_logp"], batch["ref_logp"], 1)
+    penalty = batch["weight"] * k2
     # Before the first update k2 is 0 everywhere: then the least certain critical token is shown.
     cost = (k2 + 1e-6 * (1 - sure)) * critical * (batch["success"][:, None] + 1e-6)
     i = int(cost.amax(1).argmax())
@@ -289,7 +290,7 @@ def explain(batch, pairs, args):
         for token in probs.argsort(descending=True)[:4].tolist():
             char, p = data.VOCAB[token], probs[token].item()
             print(f"  {char!r:>5} {logits[token]:7.3f} {p:7.4f} {-p * math.log(p):9.4f}")
-        H = -(probs * probs.log()).sum()
+        H = (1 - sure[i, at]) * math.log(len(probs))
         print(f"entropy H of all {len(probs)}: {H:.4f}; J = 1 - H / log {len(probs)} = "
               f"{sure[i, at]:.4f}; J^{args.alpha:g} = {sure[i, at] ** args.alpha:.4f}")
 
@@ -409,8 +410,7 @@ def main(argv=None):
             figures = ("{success:7.2f} {kl:7.4f} {penalty:7.4f} {entropy:7.4f} {value_loss:10.3f} "
                        "{explained_variance:8.2f} {weight:6.3f}".format_map(row))
             if row["success"] == 0:
-                tqdm.write("    no answer was right, so there is nothing to learn from; if this "
-                           "lasts, lower --lr or raise --kl_coef")
+                tqdm.write("    no answer was right: there is nothing to learn from here")
         row |= watch_critical(policy, critical_problems, n, args.temperature)
         check_finite(f"iteration {iteration}", dict(p_critical=row["p_critical"]))
         tqdm.write(f"{iteration:3d} {figures} | {row['p_critical']:18.3f} {row['p_copied']:13.3f}")

@@ -130,8 +130,7 @@ def tiny_model(seed=0, block_size=192, std=None):
     return net
 
 
-def save_tiny(path):
-    """A checkpoint for N = 1, k = 1 that ppo.py takes."""
+def save_tiny(path):  # a checkpoint for N = 1, k = 1
     model.save_checkpoint(path, tiny_model(), torch.float32, digits=1, task="add", preset="tiny",
                           seed=0, accuracies={})
 
@@ -990,9 +989,8 @@ class Scripts(Case):
 
     @unittest.skipUnless(hasattr(os, "fork"), "Windows cannot fork")
     def test_killed_at_any_moment(self):
-        """The same command again, and the end is the same to the last bit."""
         def results(folder):
-            states = [model.load(f"{folder}/{name}.pt") | dict(rows=0, seconds=0)
+            states = [model.load(f"{folder}/{name}.pt") | dict(seconds=0, rows=0, code=0)
                       for name in ("p/state", "p/model", "r/state", "r/model")]
             return every_number([states, [[read_log(f"{folder}/{name}"), read(
                 folder, name, "accuracies.json")] for name in "pr"]])
@@ -1357,8 +1355,8 @@ print(len(EXERCISES), sum(len(x.right) + len(x.slips) for x in EXERCISES), find(
                 f.write(source)
             printed = self.python("test_all.py", "--points", folder="copy")
             self.assertIn(f"{score} of 2 in all", printed)
-        self.python("ppo.py", *("--alpha 3 --checkpoint tiny.pt --iterations 1 --episodes 2 --device "
-                                "cpu --eval_problems 1 --final_problems 1").split(), folder="copy")
+        argv = RL + "--checkpoint tiny.pt --alpha 3".split()
+        self.python("ppo.py", *argv, folder="copy")
 
 
 class Independent(Rollouts):
