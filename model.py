@@ -177,7 +177,7 @@ def sample(logits, temperature, generator=None):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = F.softmax(logits / temperature, -1).flatten(0, -2)
+    probs = F.softmax(logits / temperature, -1).reshape(-1, logits.shape[-1])
     return torch.multinomial(probs, 1, generator=generator).view(logits.shape[:-1])
 
 

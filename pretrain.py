@@ -300,7 +300,8 @@ def default_folder(ap, args, prefix, unnamed):
     """out/<prefix>_<settings that differ from their defaults>_seed<seed>, at most 80 characters."""
     changed = [f"{name}{value}" for name, value in vars(args).items()
                if value != ap.get_default(name) and name not in (*NOT_SETTINGS, *unnamed, "seed")]
-    return os.path.join("out", "_".join([prefix, *changed])[:65] + f"_seed{args.seed}")
+    suffix = f"_seed{args.seed}"
+    return os.path.join("out", "_".join([prefix, *changed])[: 80 - len(suffix)] + suffix)
 
 
 def check_finite(when, figures):

@@ -367,6 +367,7 @@ class Exercises(unittest.TestCase):
         sure = 100 * torch.eye(5)[torch.tensor([[3, 0, 4], [1, 1, 2]])]
         self.check("sample of logits (2, 3, 5) that are 100 at [[3, 0, 4], [1, 1, 2]], else 0",
                    model.sample(sure, 1.0), [[3, 0, 4], [1, 1, 2]])
+        self.check("sample of logits (5,)", model.sample(sure[0, 0], 1.0), torch.tensor(3))
         logits = torch.tensor([0.0, 2.0, 4.0]).expand(20000, 3)
         for temperature in (0.5, 1.0, 2.0):
             drawn = model.sample(logits, temperature, seeded())
@@ -380,8 +381,8 @@ class Exercises(unittest.TestCase):
     def test_exercise_05_certainty(self):
         mild = torch.tensor([[[0.0, 0, 0, 0], [0, 1, 2, 3], [3, 0, 0, 0]]] * 2)  # (2, 3, 4)
         call = "certainty of logits (B, T, V) = (2, 3, 4)"
-        self.assertEqual(tuple(kl.certainty(mild).shape), (2, 3), f"\n{call} has not the shape (2, 3)"
-                         ": sum over the last axis, the vocabulary")
+        self.assertEqual(kl.certainty(mild).shape, (2, 3), f"\n{call} must be (2, 3): "
+                         "sum over the last axis, the vocabulary")
         other = mild.clone()
         other[1:], other[:, 1:] = other[1:] + mild[0, 1], mild[0, 2]
         self.check(f"{call} at [0, 0], with other logits at other places",
