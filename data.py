@@ -22,16 +22,15 @@ import zlib
 
 TASKS = ("add", "subtract")
 VOCAB = "\n +,-/:<=>[]0123456789ACDEINTaceghnprstu"  # every character of the format; V = 40
-_ID = {char: i for i, char in enumerate(VOCAB)}
 
 
 def encode(text):
-    """'1+2' -> [13, 2, 14]. KeyError for a character outside the vocabulary."""
-    return [_ID[char] for char in text]
+    """'1+2' -> [13, 2, 14]. ValueError for a character outside the vocabulary."""
+    return [VOCAB.index(char) for char in text]
 
 
 def decode(ids):
-    """[13, 2, 14] -> '1+2'. Raises IndexError for an id of V or more."""
+    """[13, 2, 14] -> '1+2'. IndexError for an id of V or more."""
     return "".join(VOCAB[i] for i in ids)
 
 
@@ -46,8 +45,8 @@ def answer(a, b):
 
     A line shows what is left of both numbers, the result's digits so far (A) and the carry (C);
     then the sum of the last digits (0 where none is left) and the carry; the digit that goes in
-    front of A; the new carry. The closing line has no comma between A and C. A final carry stays in
-    C: 99+1 ends in "[] + [] , A=[0,0] C=1 , END". In a subtraction the carry is what was borrowed.
+    front of A; the new carry. A final carry stays in C: 99+1 ends in "A=[0,0] C=1 , END". In a
+    subtraction the carry is what was borrowed.
     """
     sign = "-" if b < 0 else "+"
     x, y = list(str(a)), list(str(abs(b)))  # digits that are left, most significant first
@@ -78,10 +77,9 @@ def is_complete(text):
 
 
 def grade(text, a, b):
-    """True if the result in a text is a + b: grade("...</scratch>\\n3 9 5\\n", 367, 28) is True.
+    """True if the line after "</scratch>" is a + b: grade("...</scratch>\\n3 9 5\\n", 367, 28).
 
-    The result is what stands between the first '</scratch>\\n' and the next line break: the digits
-    of the sum separated by single spaces. What stands before it is not graded.
+    The digits are separated by single spaces. What stands before that line is not graded.
     """
     result, line_break, _ = text.partition("</scratch>\n")[2].partition("\n")
     return line_break == "\n" and result == " ".join(str(a + b))
@@ -89,10 +87,7 @@ def grade(text, a, b):
 
 # ------------------------------------------------------------------ places in an answer
 def first_error(text, a, b):
-    """Index of the first character that differs from the right prompt + answer, or None.
-
-    A text that is cut short differs at its length.
-    """
+    """Index of the first character that is not that of the right prompt + answer, or None."""
     right = prompt(a, b) + answer(a, b)
     for i, wanted in enumerate(right):
         if text[i : i + 1] != wanted:
@@ -122,22 +117,6 @@ def describe_error(text, a, b):
     return f"{place(a, b, index)}: wrote {text[index : index + 1]!r} for {right[index]!r}"
 
 
-def _long_lists(a, b, n_digits):
-    """The lists in lines 1-3 of the operands that have more than n_digits digits, by g digits.
-
-    Yields (line, operand, index of "[", index of "]", g).
-    """
-    text = prompt(a, b) + answer(a, b)
-    bracket = text.index("<scratch>")
-    for line in range(1, min(3, len(str(max(a, abs(b))))) + 1):
-        for operand, number in ((1, a), (2, abs(b))):
-            bracket = text.index("]", bracket + 1)
-            g = len(str(number)) - n_digits
-            if g > 0:
-                yield line, operand, text.rindex("[", 0, bracket), bracket, g
-        bracket = text.index("\n", bracket)
-
-
 def critical_positions(a, b, n_digits):
     """The paper's critical tokens for a model that was pre-trained on 1..n_digits digits.
 
@@ -147,12 +126,17 @@ def critical_positions(a, b, n_digits):
     the pair next to the bracket, "comma2" and "digit2" for the pair before it, and so on.
     n_digits = 2, 367+28, line 1: the ',7' in '[3,6,7]' are (1, 1, "comma1"), (1, 1, "digit1").
     """
-    positions = {}
-    for line, operand, opening, bracket, g in _long_lists(a, b, n_digits):
-        for j in range(1, g + 1):
-            for name, index in (f"comma{j}", bracket - 2 * j), (f"digit{j}", bracket - 2 * j + 1):
-                if index > opening:
-                    positions[line, operand, name] = index
+    text, positions = prompt(a, b) + answer(a, b), {}
+    bracket = text.index("<scratch>")
+    for line in range(1, min(3, len(str(max(a, abs(b))))) + 1):
+        for operand, number in (1, a), (2, abs(b)):
+            bracket = text.index("]", bracket + 1)
+            digits_here = len(str(number)) - line + 1
+            for j in range(1, min(len(str(number)) - n_digits, digits_here) + 1):
+                positions[line, operand, f"digit{j}"] = bracket - 2 * j + 1
+                if j < digits_here:  # the first digit of a list has no comma before it
+                    positions[line, operand, f"comma{j}"] = bracket - 2 * j
+        bracket = text.index("\n", bracket)
     return positions
 
 
@@ -162,17 +146,15 @@ def copied_positions(a, b, n_digits):
     A model that never saw so long a list often copies the list's last digit there: '[3,7' for
     '[3,6,7'. The paper names this error, but its set of critical tokens leaves the digit out.
     """
-    return {(line, operand): bracket - 2 * g - 1
-            for line, operand, opening, bracket, g in _long_lists(a, b, n_digits)
-            if bracket - 2 * g - 1 > opening}
+    text, copied = prompt(a, b) + answer(a, b), {}
+    for (line, operand, _), index in critical_positions(a, b, n_digits).items():
+        copied[line, operand] = min(index - 1, copied.get((line, operand), index))
+    return {at: index for at, index in copied.items() if text[index].isdigit()}
 
 
 # ------------------------------------------------------------------ many problems
 def held_out(a, b):
-    """True for the tenth of all problems that no training sees. Accuracies are measured on these.
-
-    a+b and b+a count as one problem: both are held out, or neither is.
-    """
+    """True for the tenth of all problems that no training sees, a+b and b+a alike: the test set."""
     return zlib.crc32(f"{max(a, b)}{min(a, b):+}".encode()) % 10 == 0
 
 
@@ -193,10 +175,8 @@ def sample_pair(rng, n_digits, mode, extra_digits=1, test=False, task="add"):
          "rl":        one operand (either) has n_digits + extra_digits digits; the other's length is
                       uniform in 1..n_digits half of the time, else in the longer ones
     test: draw from the held-out problems, else from all others.
-    In the task "subtract" the larger number comes first. ValueError for another mode.
+    In the task "subtract" the larger number comes first.
     """
-    if mode not in ("train", "identical", "varying", "rl"):
-        raise ValueError(f"mode {mode!r} is not one of train, identical, varying, rl")
     while True:
         first = n_digits
         second = rng.integers(1, n_digits + 1)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from data import VOCAB, decode, is_complete
 
@@ -87,7 +88,6 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     def __init__(self, config, generator=None):
-        """Weights are drawn with the generator."""
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(dict(
@@ -98,8 +98,8 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # GPT-2 ties input and output embeddings
-        # GPT-2's initialization: weights N(0, 0.02), scaled from its width of 768 to ours; less for
-        # projections into the residual stream; biases 0.
+        # GPT-2's initialization: standard deviation 0.02, scaled from its width of 768 to ours;
+        # less for projections into the residual stream; biases 0.
         std = 0.02 * (768 / config.n_embd) ** 0.5
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -121,12 +121,10 @@ class GPT(nn.Module):
         offset: position of the first token, a number or (B, 1). Pre-training draws it at random.
         cache: keys and values (n_layer, 2, B, H, S, D). Its first S - T places are those of the
             tokens before idx; the last T are written here. Without a cache S = T.
-        ValueError: more tokens than the block holds.
         """
         T = idx.shape[1]
         S = T if cache is None else cache.shape[4]
-        if S > self.config.block_size:
-            raise ValueError(f"{S} tokens do not fit the block of {self.config.block_size}")
+        assert S <= self.config.block_size, f"{S} tokens, a block of {self.config.block_size}"
         pos = torch.arange(S - T, S, device=idx.device) + offset
         mask = torch.full((T, S), float("-inf"), device=idx.device).triu(S - T + 1)  # causal
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)
@@ -141,8 +139,8 @@ class GPT(nn.Module):
 def split_actions(ids, prompt_len, lengths):
     """The one place where tokens are shifted: the action in state ids[:, :t+1] is ids[:, t+1].
 
-    ids (B, T), prompt_len (B,), lengths (B,) -> states, actions and mask, all (B, T-1). The mask is
-    1.0 where the action is the answer's, 0.0 at prompt and padding.
+    ids (B, T), prompt_len (B,), lengths (B,) -> states, actions, mask (B, T-1); mask 1.0 where the
+    action is the answer's, 0.0 at prompt and padding.
     """
     t = torch.arange(1, ids.shape[1], device=ids.device)
     mask = (t >= prompt_len[:, None]) & (t < lengths[:, None])
@@ -152,8 +150,7 @@ def split_actions(ids, prompt_len, lengths):
 def slices(rows, lengths):
     """Rows of like length, as many as fit a CPU's cache or a GPU's memory -> [(row numbers, T)].
 
-    They need only their first T tokens. T is a multiple of 32: few shapes, for each of which a CPU
-    keeps kernels of its own.
+    They need only their first T tokens, a multiple of 32: a CPU keeps kernels for each shape.
     """
     parts = rows[lengths[rows].argsort(stable=True)].split(8 if rows.device.type == "cpu" else 64)
     return [(part, math.ceil(int(lengths[part].max()) / 32) * 32) for part in parts]
@@ -219,7 +216,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
 # ------------------------------------------------------------------ devices and checkpoints
 def stop(message):
     """End the script with one line on stderr and exit code 2, as argparse does."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # above a progress bar, if there is one
     raise SystemExit(2)
 
 
@@ -244,7 +241,7 @@ def autocast(device):
 
 
 def save(path, contents):
-    """torch.save under another name first: a file that has the name `path` is always whole."""
+    """torch.save, with another name first: what is called `path` is always whole."""
     torch.save(contents, path + ".part")
     os.replace(path + ".part", path)
 

@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 import data
 from kl import certainty, prioritized_kl
-from model import (autocast, checksum, get_device, load_checkpoint, read, save_checkpoint, slices,
-                   split_actions)
+from model import (autocast, checksum, generate, get_device, load_checkpoint, read, save_checkpoint,
+                   slices, split_actions)
 from pretrain import (Run, accuracy_table, add_run_options, check_finite, check_range,
                       default_folder, keep_freed_memory, print_table, sample_problems, solve,
-                      to_batch, write_answers)
+                      to_batch)
 
 SHIPPED = "assets/pretrained/n5_seed0.pt"  # beside this file
 
@@ -68,8 +68,8 @@ def masked_mean(x, mask):
 def normalize(advantages, mask):
     """Mean 0 and standard deviation 1 over the mask.
 
-    The deviation has a floor: where all answers were right, or all wrong, the critic's noise must
-    not be blown up into a signal.
+    The deviation has a floor, else the critic's noise would be blown up into a signal where all
+    answers are right, or all wrong.
     """
     mean = masked_mean(advantages, mask)
     std = masked_mean((advantages - mean) ** 2, mask).sqrt()
@@ -93,13 +93,6 @@ def token_logp(logits, actions):
     return F.log_softmax(logits, -1).gather(-1, actions[..., None])[..., 0]
 
 
-def explained_variance(returns, values, mask):
-    """1 - Var(returns - values) / Var(returns) over the mask: 1 = perfect, 0 = a constant."""
-    returns, values = returns[mask > 0], values[mask > 0]
-    variance = returns.var()  # 0 up to rounding if all returns are equal: nothing to explain
-    return 1 - (returns - values).var() / variance if variance > 1e-8 else variance * math.nan
-
-
 # ------------------------------------------------------------------ one iteration
 def draw_problems(args, iteration, device):
     """The iteration's problems [(a, b)] and the generator of its samples: all its randomness."""
@@ -113,7 +106,9 @@ def draw_problems(args, iteration, device):
 def rollout(policy, value_head, reference, pairs, args, generator):
     """Let the policy answer all problems, grade and score what it wrote -> dict of tensors."""
     # 1. Write the answers. Their tokens are the actions.
-    ids, prompt_len, lengths = write_answers(policy, pairs, args.temperature, generator)
+    prompts = [data.encode(data.prompt(a, b)) for a, b in pairs]
+    ids, lengths = generate(policy, prompts, policy.config.block_size, args.temperature, generator)
+    prompt_len = torch.tensor([len(p) for p in prompts], device=ids.device)
     states, actions, mask = split_actions(ids, prompt_len, lengths)
 
     # 2. Grade them. The reward comes with the last action.
@@ -138,8 +133,8 @@ def rollout(policy, value_head, reference, pairs, args, generator):
         answer = weight[mask > 0]
         order = torch.randperm(len(answer), generator=generator, device=ids.device)
         weight[mask > 0] = answer[order]
-    elif args.kl_weight == "mask":  # a control: certainty decides between all and nothing
-        weight = weight * (sure >= args.mask_below)
+    elif args.kl_weight == "mask":  # a control: none at all where the reference is not sure
+        weight = weight * (sure >= 0.9)
     elif args.kl_weight == "oracle":  # a control: free exactly the tokens known to be critical
         weight = 1 - known_critical(texts, pairs, args.digits, mask)
     return dict(states=states, actions=actions, mask=mask, lengths=lengths - 1, success=success,
@@ -207,31 +202,26 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
 
 
 # ------------------------------------------------------------------ what is watched
-COMMAS = [f"l{line}o{operand}" for line in (1, 2, 3) for operand in (1, 2)]
+WATCHED = "p_critical p_copied p_l1o1 p_l1o2 p_l2o1 p_l2o2 p_l3o1 p_l3o2".split()
 
 
 def watch_critical(model, pairs, n_digits, temperature):
-    """Probability of the right token, and certainty, where the model has read the right answer.
+    """Probability of the right token, where the model has read the right answer up to there.
 
-    Means over the critical tokens (p_critical, certainty_critical), over the copied digits
-    (p_copied, certainty_copied), and over the last comma of each list (p_l1o1: line 1, operand 1),
-    the six places of the paper's Figure 7.
+    Means over the critical tokens (p_critical), over the copied digits (p_copied), and over the
+    last comma of each list (p_l1o1: line 1, operand 1), the six places of the paper's Figure 7.
     """
     ids, _, lengths = to_batch(pairs, model.lm_head.weight.device)
     logits, _ = read(model, ids, lengths, temperature)
     p = token_logp(logits[:, :-1], ids[:, 1:]).exp().tolist()
-    sure = certainty(logits).tolist()
-    found = {f"{name}_{spot}": [] for spot in ("critical", "copied") for name in ("p", "certainty")}
-    found |= {f"p_{comma}": [] for comma in COMMAS}
+    found = {name: [] for name in WATCHED}
     for i, (a, b) in enumerate(pairs):
         for (line, operand, name), index in data.critical_positions(a, b, n_digits).items():
             found["p_critical"].append(p[i][index - 1])  # token i is action i - 1
-            found["certainty_critical"].append(sure[i][index - 1])
             if name == "comma1":
                 found[f"p_l{line}o{operand}"].append(p[i][index - 1])
-        for index in data.copied_positions(a, b, n_digits).values():
-            found["p_copied"].append(p[i][index - 1])
-            found["certainty_copied"].append(sure[i][index - 1])
+        found["p_copied"] += [p[i][index - 1]
+                              for index in data.copied_positions(a, b, n_digits).values()]
     return {name: float(np.mean(x)) for name, x in found.items() if x}
 
 
@@ -297,10 +287,8 @@ def explain(batch, pairs, args):
 
 # ------------------------------------------------------------------ training
 COLUMNS = ["iteration", "episodes", "success", "kl", "penalty", "entropy", "clip_fraction",
-           "value_loss", "explained_variance", "weight", "grad_norm", "p_critical",
-           "certainty_critical", "p_copied", "certainty_copied", *[f"p_{x}" for x in COMMAS],
-           "n_identical", "n_sampled", "nk_identical", "nk_varying", "n_nats", "tokens_per_s",
-           "seconds"]
+           "value_loss", "weight", "grad_norm", *WATCHED, "n_identical", "n_sampled",
+           "nk_identical", "nk_varying", "n_nats", "tokens_per_s", "seconds"]
 
 
 def parse_args(argv):
@@ -311,10 +299,9 @@ def parse_args(argv):
     add("--alpha", type=float, default=3.0, help="exponent of the certainty; 0 = standard KL")
     add("--kl_coef", type=float, default=0.1, help="coefficient of the KL penalty; 0 = no penalty")
     add("--kl_weight", choices=("certainty", "matched", "shuffled", "mask", "oracle"),
-        default="certainty", help="weight of a token's penalty: certainty^alpha, or a control: "
-        "its mean everywhere; dealt out at random; 0 below --mask_below; 0 at the known critical "
-        "tokens and 1 elsewhere")
-    add("--mask_below", type=float, default=0.9, help="the certainty for --kl_weight mask")
+        default="certainty", help="weight of a token's penalty: certainty^alpha, or a control: its "
+        "mean everywhere; dealt out at random; 0 where the certainty is below 0.9; 0 at the known "
+        "critical tokens, else 1")
     add = ap.add_argument_group("PPO").add_argument
     add("--extra_digits", type=int, default=1, help="k: fine-tune on N+k digits")
     add("--iterations", type=int, default=20, help="of rollout and update")
@@ -339,8 +326,8 @@ def parse_args(argv):
                        help="show one episode token by token, as the run stands, and stop")
     add_run_options(group)
     args = ap.parse_args(argv)
-    check_range(ap, args, 0, "alpha", "kl_coef", "mask_below", "iterations", "lr", "value_lr",
-                "clip", "entropy_coef", "gamma", "gae_lambda", "seed")
+    check_range(ap, args, 0, "alpha", "kl_coef", "iterations", "lr", "value_lr", "clip",
+                "entropy_coef", "gamma", "gae_lambda", "seed")
     check_range(ap, args, 1, "extra_digits", "episodes", "epochs", "minibatches", "eval_every",
                 "eval_problems", "final_problems")
     check_range(ap, args, 0.001, "temperature")
@@ -387,16 +374,15 @@ def main(argv=None):
     print_table(facts["accuracies"], "before")
     print(f"\nPPO on {long} digits: alpha {args.alpha:g}, kl_coef {args.kl_coef:g}, "
           f"{args.iterations} iterations of {args.episodes} episodes, on {device}")
-    print(" it success      kl penalty entropy value-loss expl.var weight | "
-          "P(right): critical, copied digit")
+    shown = "success kl penalty entropy value_loss weight p_critical p_copied".split()
+    print(" it" + "".join(f"{name:>11}" for name in shown))
 
     # 3. Train.
     measured = "N -, N+k -"
     bar = tqdm(range(len(run.rows), args.iterations + 1), desc="ppo", unit="it",
-               initial=len(run.rows), total=args.iterations + 1, dynamic_ncols=True)
+               initial=len(run.rows), total=args.iterations + 1, dynamic_ncols=True, leave=False)
     for iteration in bar:
         row = dict(iteration=iteration, episodes=iteration * args.episodes)
-        figures = "-" + 59 * " "
         if iteration > 0:  # row 0 of the log is the pre-trained model
             begun = time.time()
             pairs, generator = draw_problems(args, iteration, device)
@@ -404,16 +390,13 @@ def main(argv=None):
             row |= update(policy, value_head, optimizer, batch, args, generator,
                           f"iteration {iteration}")
             row |= dict(success=batch["success"].mean().item(),
-                        tokens_per_s=batch["mask"].sum().item() / (time.time() - begun),
-                        explained_variance=explained_variance(
-                            batch["returns"], batch["values"], batch["mask"]).item())
-            figures = ("{success:7.2f} {kl:7.4f} {penalty:7.4f} {entropy:7.4f} {value_loss:10.3f} "
-                       "{explained_variance:8.2f} {weight:6.3f}".format_map(row))
-            if row["success"] == 0:
-                tqdm.write("    no answer was right: there is nothing to learn from here")
+                        tokens_per_s=batch["mask"].sum().item() / (time.time() - begun))
         row |= watch_critical(policy, critical_problems, n, args.temperature)
         check_finite(f"iteration {iteration}", dict(p_critical=row["p_critical"]))
-        tqdm.write(f"{iteration:3d} {figures} | {row['p_critical']:18.3f} {row['p_copied']:13.3f}")
+        tqdm.write(f"{iteration:3d}" + "".join(
+            f"{row[name]:11.4f}" if name in row else f"{'-':>11}" for name in shown))
+        if row.get("success") == 0:
+            tqdm.write("    no answer was right: there is nothing to learn from here")
         if iteration % args.eval_every == 0 or iteration == args.iterations:
             row |= evaluate(policy, problems, old_problems, args.temperature)
             measured = "N {n_identical:.0%}, N+k {nk_identical:.0%}".format_map(row)

@@ -1,12 +1,9 @@
 """Pre-train a GPT-2 from scratch on additions of 1..N digits.  Run: python pretrain.py --seed 1
 
-Writes model.pt, log.csv, settings.json, accuracies.json and state.pt to out/pretrain_n5_seed1. The
-same command resumes an interrupted run. B sequences, T tokens, V vocabulary.
+Writes model.pt and its logs to out/pretrain_n5_seed1. B sequences, T tokens, V vocabulary.
 """
 import argparse
-import csv
 import ctypes
-import io
 import itertools
 import json
 import math
@@ -30,20 +27,20 @@ from model import (GPT, GPTConfig, PRESETS, autocast, generate, get_device, load
 # ------------------------------------------------------------------ batches, loss, optimizers
 def to_batch(pairs, device):
     """Worked problems -> ids (B, T) padded with 0, prompt_len (B,), lengths (B,)."""
-    prompts = [data.encode(data.prompt(a, b)) for a, b in pairs]
-    rows = [p + data.encode(data.answer(a, b)) for p, (a, b) in zip(prompts, pairs)]
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    prompt_len, lengths = (torch.tensor([len(x) for x in xs]) for xs in (prompts, rows))
+    prompts = [data.prompt(a, b) for a, b in pairs]
+    texts = [prompt + data.answer(a, b) for prompt, (a, b) in zip(prompts, pairs)]
+    ids = pad_sequence([torch.tensor(data.encode(text)) for text in texts], batch_first=True)
+    prompt_len, lengths = (torch.tensor([len(x) for x in xs]) for xs in (prompts, texts))
     return ids.to(device), prompt_len.to(device), lengths.to(device)
 
 
 def pretrain_batches(n_digits, batch_size, block_size, seed, device, task="add", start=0):
     """Endless batches (ids, prompt_len, lengths, offset) of worked problems, from batch `start` on.
 
-    64 batches' problems are drawn at once, sorted by their number of lines, cut into batches and
-    shuffled, so a batch holds little padding. offset (B, 1) is the row's place in the block. A
-    quarter of the rows start at 0, as in every test; the others anywhere, so that all positions are
-    trained. (If all rows start anywhere, N+1 digits are learned along with N.)
+    64 batches' problems are drawn at once, sorted by length, cut into batches and shuffled, so a
+    batch holds little padding. offset (B, 1) is the row's place in the block. A quarter of the rows
+    start at 0, as in every test; the others anywhere, so that all positions are trained. (If all
+    rows start anywhere, N+1 digits are learned along with N.)
     """
     for pool in itertools.count(start // 64):
         rng = np.random.default_rng([seed, pool])
@@ -72,10 +69,9 @@ def answer_loss(model, ids, prompt_len, lengths, offset=0):
 class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonal update: for a matrix G = U S V^T, U V^T (Jordan et al. 2024).
 
-    A gradient's few large singular values would drown all other directions. Here all move alike,
-    and fewer steps are needed. Entries have AdamW's usual size, 0.2 (root mean square), so both
-    take the same learning rate. (PyTorch's own, from 2.9 on, always multiplies in bfloat16: on a
-    CPU without bfloat16, half a second a step.)
+    All directions move alike, not only those of a gradient's few large singular values: fewer steps
+    are needed. Entries have AdamW's usual size, 0.2 (root mean square), so both take one learning
+    rate. (PyTorch's own always multiplies in bfloat16: half a second a step on a CPU without it.)
     """
 
     def __init__(self, matrices, lr, weight_decay):
@@ -127,12 +123,12 @@ def sample_problems(n, n_digits, mode, seed, task="add", extra_digits=1):
             for _ in range(n)]
 
 
-def write_answers(model, pairs, temperature, generator):
-    """Let the model answer all problems -> ids (B, T), prompt_len (B,), lengths (B,).
+def read_ahead(model, pairs, temperature, generator):
+    """The first part of the model's answers, found in one pass -> a list of ids for each problem.
 
-    To save steps it first reads the right answers in one pass, and samples a token after each of
-    theirs. Up to and with the first that differs, that is what it would have written token by token
-    (up to rounding): each was drawn after the same text. `generate` goes on from there.
+    The model reads the right answers and samples a token after each of their tokens. Up to and with
+    the first that differs, that is what it would have written token by token (up to rounding): each
+    was drawn after the same text.
     """
     ids, prompt_len, lengths = to_batch(pairs, model.lm_head.weight.device)
     tokens = sample(read(model, ids, lengths)[0], temperature, generator)  # (B, T)
@@ -140,9 +136,7 @@ def write_answers(model, pairs, temperature, generator):
     same = ((tokens[:, :-1] == right) | (mask == 0)).cumprod(1).sum(1)  # (B,) actions before it
     n_known = torch.minimum(same + 2, lengths)  # the prompt, what is right, the first that differs
     ids = torch.cat([ids[:, :1], torch.where(mask > 0, tokens[:, :-1], right)], 1)
-    known = [row[:n] for row, n in zip(ids.tolist(), n_known.tolist())]
-    ids, lengths = generate(model, known, model.config.block_size, temperature, generator)
-    return ids, prompt_len, lengths
+    return [row[:n] for row, n in zip(ids.tolist(), n_known.tolist())]
 
 
 def solve(model, pairs, temperature=0, seed=0, batch_size=256):
@@ -150,7 +144,8 @@ def solve(model, pairs, temperature=0, seed=0, batch_size=256):
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     texts = []
     for i in range(0, len(pairs), batch_size):
-        ids, _, lengths = write_answers(model, pairs[i : i + batch_size], temperature, generator)
+        known = read_ahead(model, pairs[i : i + batch_size], temperature, generator)
+        ids, lengths = generate(model, known, model.config.block_size, temperature, generator)
         texts += [data.decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
     return np.array([data.grade(text, a, b) for text, (a, b) in zip(texts, pairs)]), texts
 
@@ -161,13 +156,11 @@ def accuracy_table(model, lengths, n_problems, task):
     Returns {"identical 5": share, "varying 5": share, ...} and the failures [(text, a, b)].
     """
     table, failures = {}, []
-    for length in lengths:
-        for mode in ("identical", "varying"):
-            pairs = sample_problems(n_problems, length, mode, 1, task)
-            correct, texts = solve(model, pairs)
-            table[f"{mode} {length}"] = float(correct.mean())
-            failures += [(text, a, b) for text, (a, b), right in zip(texts, pairs, correct)
-                         if not right]
+    for length, mode in itertools.product(lengths, ("identical", "varying")):
+        pairs = sample_problems(n_problems, length, mode, 1, task)
+        correct, texts = solve(model, pairs)
+        table[f"{mode} {length}"] = float(correct.mean())
+        failures += [(text, *pair) for text, pair, right in zip(texts, pairs, correct) if not right]
     return table, failures
 
 
@@ -212,7 +205,7 @@ def main(argv=None):
     model = GPT(config, torch.Generator().manual_seed(args.seed)).to(device)
     muon, adamw = make_optimizers(model, args.lr)
     run = Run(args, ["step", "loss", "lr", "grad_norm", "n_identical", "nk_varying",
-                         "tokens_per_s", "seconds"], model=model, muon=muon, adamw=adamw)
+                     "tokens_per_s", "seconds"], model=model, muon=muon, adamw=adamw)
     if run.finished:
         return
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -226,7 +219,7 @@ def main(argv=None):
                                args.task, start=run.step)
     losses, norms, tokens, since, measured = [], [], 0, time.time(), "N -, N+k -"
     bar = tqdm(range(run.step + 1, args.steps + 1), desc="pre-train", unit="step",
-               initial=run.step, total=args.steps, dynamic_ncols=True, mininterval=1)
+               initial=run.step, total=args.steps, dynamic_ncols=True, mininterval=1, leave=False)
     for step in bar:
         lr = learning_rate(step - 1, args.steps, args.lr, args.warmup)
         for group in muon.param_groups + adamw.param_groups:
@@ -312,33 +305,30 @@ def check_finite(when, figures):
 
 
 def write_text(path, text):
-    with open(path + ".part", "w", newline="") as f:
-        f.write(text)
+    Path(path + ".part").write_text(text)
     os.replace(path + ".part", path)  # whole, or as it was before
 
 
 class Run:
     """A run's folder: settings.json, log.csv, state.pt and, when finished, accuracies.json.
 
-    The same command resumes from state.pt. Every random number of a step follows from the seed and
-    the step, so on a CPU a resumed run ends with the same weights as one that was never stopped.
+    The same command resumes from state.pt: what it holds is loaded into `parts`, modules and
+    optimizers by name. Every random number of a step follows from the seed and the step, so on a
+    CPU a resumed run ends with the same weights as one that was never stopped.
     """
 
     def __init__(self, args, columns, **parts):
-        """parts: modules and optimizers by name; what state.pt holds is loaded into them."""
         self.settings = {name: x for name, x in vars(args).items() if name not in NOT_SETTINGS}
         self.folder, self.columns, self.parts = args.out, columns, parts
         self.step, self.rows, self.earlier = 0, [], 0.0  # earlier: seconds of interrupted runs
         self.started = self.saved = time.time()
-        self.code = [zlib.crc32(Path(__file__).with_name(name).read_bytes()) for name in
-                     ("data.py", "model.py", "kl.py", "pretrain.py", "ppo.py")]
-        if args.fresh:
-            for name in ("accuracies.json", "state.pt", "settings.json", "log.csv", "model.pt"):
-                if os.path.exists(self.path(name)):
-                    os.remove(self.path(name))
+        self.code = [zlib.crc32(Path(__file__).with_name(f"{name}.py").read_bytes())
+                     for name in ("data", "model", "kl", "pretrain", "ppo")]
+        for name in ("accuracies.json", "state.pt", "settings.json", "log.csv", "model.pt"):
+            if args.fresh and os.path.exists(self.path(name)):
+                os.remove(self.path(name))
         if os.path.exists(self.path("settings.json")):
-            with open(self.path("settings.json")) as f:
-                others = json.load(f)
+            others = json.loads(Path(self.path("settings.json")).read_text())
             for name, value in self.settings.items():
                 if others.get(name) != value:
                     stop(f"{self.folder} holds a run with {name} {others.get(name)}, not {value}; "
@@ -362,14 +352,12 @@ class Run:
         seconds = self.earlier + time.time() - self.started
         row = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
         self.rows.append(row | dict(seconds=f"{seconds:.1f}"))
-        table = io.StringIO()
-        writer = csv.DictWriter(table, self.columns)
-        writer.writeheader()
-        writer.writerows(self.rows)
+        cells = [[str(row.get(name, "")) for name in self.columns] for row in self.rows]
+        table = "".join(",".join(line) + "\n" for line in [self.columns, *cells])
         try:
             os.makedirs(self.folder, exist_ok=True)
             write_text(self.path("settings.json"), json.dumps(self.settings, indent=1))
-            write_text(self.path("log.csv"), table.getvalue())
+            write_text(self.path("log.csv"), table)
         except OSError as error:
             stop(f"cannot write to {self.folder} ({error.strerror}); choose another --out")
         if last or time.time() - self.saved >= 30:

@@ -584,7 +584,6 @@ class Data(Case):
         shares += [[x[0] > x[1] for x in many[mode] if x[0] != x[1]] for mode in ("varying", "rl")]
         expected = [1 / 6] * 3 + [1 / 4] * 2 + [1 / 3] * 3 + [1 / 2] * 2
         np.testing.assert_allclose(list(map(np.mean, shares)), expected, atol=0.05)
-        self.assertRaisesRegex(ValueError, "mode 'test'", data.sample_pair, rng, 3, "test")
 
     def test_held_out_problems(self):
         """A tenth of all problems, a+b whenever b+a; no training draws them, every test does."""
@@ -651,7 +650,7 @@ class Model(Case):
             other = tiny_model(std=0.3)
             other.transformer.wpe.weight.data = net.transformer.wpe.weight[offset:]
             self.close(moved[row], other(ids[row : row + 1, :20])[0][0], atol=1e-5)
-        self.assertRaisesRegex(ValueError, "block of 192", net, torch.zeros(1, 193).long())
+        self.assertRaisesRegex(AssertionError, "block of 192", net, torch.zeros(1, 193).long())
 
     def test_generation_of_ragged_prompts(self):
         """Greedy: as one at a time, with all of the text read again for each token."""
@@ -714,9 +713,9 @@ class Model(Case):
         p = table.softmax(-1)
         exact = p[right[start - 1]][:, None, None] * p[:, :, None] * p[None]  # (40, 40, 40)
         self.assertGreater(exact[tuple(right[start : start + 3])].item(), 0.02)
-        self.patch("pretrain.generate", lambda net, known, n, *rest: generate(net, known, 4, *rest))
-        ids, _, _ = pretrain.write_answers(writer(lambda idx, start: table[idx]), [(1, 2)] * 20000,
-                                           1.0, seeded())
+        net, generator = writer(lambda idx, start: table[idx]), seeded()
+        known = pretrain.read_ahead(net, [(1, 2)] * 20000, 1.0, generator)
+        ids, _ = generate(net, known, 4, 1.0, generator)
         self.assert_distribution(ids[:, start : start + 3], exact)
 
 
@@ -825,9 +824,9 @@ class PPO(Rollouts):
         """The reward comes with the last action; one temperature samples and scores; ref_logp."""
         self.reference = tiny_model(seed=7, std=0.25)
         with mock.patch.object(data, "grade", side_effect=[True, False] * 4), \
-                mock.patch.object(ppo, "write_answers", side_effect=ppo.write_answers) as written:
+                mock.patch.object(ppo, "generate", side_effect=generate) as written:
             batch = self.rollout(gamma=0.99, gae_lambda=1.0)
-        self.assertEqual(written.call_args.args[2], 1.5)
+        self.assertEqual(written.call_args.args[3], 1.5)
         self.assertEqual(batch["success"].tolist(), [1, 0] * 4)
         with torch.no_grad():
             logp, ref_logp = ((net(batch["states"])[0] / 1.5).log_softmax(-1).gather(
@@ -845,8 +844,8 @@ class PPO(Rollouts):
 
     def test_controls_of_the_weight(self):
         """Certainties 1, 1/2, 0, 1, ... with alpha 2: weights 1, 1/4, 0."""
-        def weights(kind, below=0.0):
-            batch = self.rollout(kl_weight=kind, mask_below=below)
+        def weights(kind):
+            batch = self.rollout(kl_weight=kind)
             return batch["weight"][batch["mask"] > 0]
 
         self.patch("ppo.certainty", lambda logits: torch.tensor([1.0, 0.5, 0.0])[
@@ -854,8 +853,7 @@ class PPO(Rollouts):
         expected, shuffled = weights("certainty"), weights("shuffled")
         self.assertEqual(expected[:6].sort()[0].tolist(), [0, 0, 0.25, 0.25, 1, 1])
         self.close(weights("matched"), expected.mean().expand_as(expected))
-        self.close(weights("mask", 0.4), expected)
-        self.close(weights("mask", 0.6), (expected == 1).float())
+        self.close(weights("mask"), (expected == 1).float())
         self.close(shuffled.sort()[0], expected.sort()[0])
         self.assertAlmostEqual((shuffled == expected).float().mean().item(), 1 / 3, delta=0.1)
 
@@ -868,8 +866,7 @@ class PPO(Rollouts):
                                 (one + 2, "]", [one + 1, one + 2]), (one + 1, "2", [one + 1]),
                                 (one, "-", []), (two - 1, " ", [one + 1, one + 2, one + 3])):
             ids = torch.tensor([data.encode(right[:at] + wrong + right[at + 1 :]) + [0] * 5])
-            sizes = (torch.tensor([n]) for n in (len(data.prompt(12, 3)), len(right)))
-            self.patch("ppo.write_answers", return_value=(ids, *sizes))
+            self.patch("ppo.generate", return_value=(ids, torch.tensor([len(right)])))
             weight = self.rollout(kl_weight="oracle")["weight"][0].tolist()
             self.assertEqual([i + 1 for i, x in enumerate(weight) if x == 0], free)  # of action i
             self.assertLessEqual(set(weight), {0, 1})
@@ -950,7 +947,8 @@ class PPO(Rollouts):
     def test_explain(self):
         """It shows the answer in which a critical token costs most, and works out its J."""
         self.pairs = [(12, 3), (45, 1), (67, 8)]
-        self.patch("ppo.write_answers", return_value=pretrain.to_batch(self.pairs, CPU))
+        ids, _, lengths = pretrain.to_batch(self.pairs, CPU)
+        self.patch("ppo.generate", return_value=(ids, lengths))
         batch = self.rollout()
         batch |= dict(weight=batch["mask"], **{name: torch.zeros_like(batch[name]) for name in (
             "ref_logits", "old_logp", "ref_logp", "advantages")})
