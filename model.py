@@ -34,10 +34,10 @@ class GPTConfig:
 
 
 def attention(q, k, v, mask):
-    """softmax(q k^T / sqrt(D) + mask) v.
+    """softmax(q k^T / sqrt(D) + mask) v: for each of T tokens a mean of the values it may look at.
 
     q (B, H, T, D); k and v (B, H, S, D); mask (T, S): 0 where a token may look, -inf elsewhere.
-    Returns (B, H, T, D): for each of the T tokens a mean of the values it may look at.
+    Returns (B, H, T, D).
     """
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, H, T, S)
     scores += mask
@@ -184,7 +184,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
 
     All rows start at position 0 and take each step together. A row that is still inside its prompt
     takes its prompt's next token, the others what they sampled. So there is no padding to mask.
-    prompts: B lists of ids. A row ends where data.is_complete says, after max_new_tokens, or with
+    prompts: B lists of ids. A row ends where its answer is complete, after max_new_tokens, or with
     the block. Returns ids (B, T), 0 after a row's end, and lengths (B,).
     """
     config, device = model.config, model.lm_head.weight.device
@@ -259,8 +259,7 @@ def load(path):
 
 def checksum(model):
     """A number that identifies the model's weights."""
-    weights = [p.detach().cpu().numpy().tobytes() for p in model.parameters()]
-    return zlib.crc32(b"".join(weights))
+    return zlib.crc32(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters()))
 
 
 def save_checkpoint(path, model, dtype, **facts):
@@ -270,7 +269,7 @@ def save_checkpoint(path, model, dtype, **facts):
 
 
 def load_checkpoint(path, device):
-    """A checkpoint -> (model in eval mode, in float32; dict of all that was saved)."""
+    """-> (model in eval mode and float32, dict of all that was saved)."""
     facts = load(path)
     if not isinstance(facts, dict) or facts.get("vocab") != VOCAB:
         stop(f"{path} is not a model.pt of pretrain.py or ppo.py with the vocabulary of data.py")

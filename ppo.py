@@ -148,8 +148,8 @@ def known_critical(texts, pairs, n_digits, mask):
     critical = torch.zeros_like(mask)
     for i, (text, (a, b)) in enumerate(zip(texts, pairs)):
         error = data.first_error(text, a, b)
-        for index in {**data.critical_positions(a, b, n_digits),
-                      **data.copied_positions(a, b, n_digits)}.values():
+        for index in (*data.critical_positions(a, b, n_digits).values(),
+                      *data.copied_positions(a, b, n_digits).values()):
             if error is None or index <= error:
                 critical[i, index - 1] = 1.0  # token i is action i - 1
     return critical

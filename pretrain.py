@@ -38,9 +38,9 @@ def pretrain_batches(n_digits, batch_size, block_size, seed, device, task="add",
     """Endless batches (ids, prompt_len, lengths, offset) of worked problems, from batch `start` on.
 
     64 batches' problems are drawn at once, sorted by length, cut into batches and shuffled, so a
-    batch holds little padding. offset (B, 1) is the row's place in the block. A quarter of the rows
-    start at 0, as in every test; the others anywhere, so that all positions are trained. (If all
-    rows start anywhere, N+1 digits are learned along with N.)
+    batch holds little padding. offset (B, 1) is the row's place in the block. Half of the rows start
+    at 0, as in every test; the others anywhere, so that all positions are trained. (If all rows
+    start anywhere, N+1 digits are learned along with N.)
     """
     for pool in itertools.count(start // 64):
         rng = np.random.default_rng([seed, pool])
@@ -48,7 +48,7 @@ def pretrain_batches(n_digits, batch_size, block_size, seed, device, task="add",
                  for _ in range(64 * batch_size)]
         pairs.sort(key=lambda pair: len(str(max(pair))))
         order = rng.permutation(64)
-        places = np.maximum(0, rng.uniform(-1 / 3, 1, (64, batch_size, 1)))
+        places = np.maximum(0, rng.uniform(-1, 1, (64, batch_size, 1)))
         for i in range(64):
             if 64 * pool + i >= start:
                 batch = pairs[order[i] * batch_size :][:batch_size]
@@ -180,7 +180,7 @@ def parse_args(argv):
     add("--extra_digits", type=int, default=1, help="k: leave positions for answers of N+k digits")
     add("--task", choices=data.TASKS, default="add", help="what the problems are")
     add("--preset", choices=PRESETS, default="small", help="model size; paper is for a GPU")
-    add("--steps", type=int, default=3000, help="optimizer steps")
+    add("--steps", type=int, default=3200, help="optimizer steps")
     add("--batch_size", type=int, default=8, help="worked problems a step")
     add("--lr", type=float, default=3e-3, help="peak learning rate of Muon and AdamW")
     add("--warmup", type=int, default=100, help="steps of linear warm-up")

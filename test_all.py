@@ -233,6 +233,7 @@ def sample(logits, temperature, generator=None):
             "softmax over the positions": ("float(), -1", "float(), 1"),
             "softmax over the sequences": ("float(), -1", "float(), 0"),
             "sum over the positions": ("sum(-1)", "sum(1)"),
+            "changes its input": ("(ref_logits.float(),", "(ref_logits.sub_(1),"),
             "log T": ("ref_logits.shape[-1]", "ref_logits.shape[1]")}),
     Exercise(6, "kl.py", "prioritized_kl", "equation 1", 15,
         right=["lambda logp, ref_logp, weight: torch.square(ref_logp - logp).mul(0.5) * weight"],
@@ -243,6 +244,7 @@ def sample(logits, temperature, generator=None):
             "no weight": ("weight * (", "("),
             "the wrong way round": ("weight *", "(1 - weight) *"),
             "the gradient is cut": ("(logp -", "(logp.detach() -"),
+            "changes its input": ("return weight *", "return weight.mul_(2) / 2 *"),
             "a mean": ("** 2 / 2", "** 2 / 2).mean()", "return ", "return ("),
             "probabilities": ("logp - ref_logp", "logp.exp() - ref_logp.exp()")}),
     Exercise(7, "ppo.py", "gae", "generalized advantage estimation", 40,
@@ -300,6 +302,8 @@ class Exercises(unittest.TestCase):
             expected = torch.as_tensor(expected)
             right = isinstance(got, torch.Tensor) and got.shape == expected.shape and bool(
                 ((got - expected).abs() <= tolerance).all())  # nan is never close
+            if isinstance(got, torch.Tensor) and got.shape != expected.shape:
+                hint = f"Its shape should be {(*expected.shape,)} but is {(*got.shape,)}. {hint}"
         else:
             right = type(got) is type(expected) and got == expected
         if isinstance(expected, str) and isinstance(got, str) and not right:
@@ -307,7 +311,8 @@ class Exercises(unittest.TestCase):
             hint = (f"The first difference, at character {i}: {expected[i : i + 12]!r} became "
                     f"{got[i : i + 12]!r}")
         expected, got = (x.tolist() if torch.is_tensor(x) else x for x in (expected, got))
-        self.assertTrue(right, f"\n{call}\nshould be {expected}\nbut is    {got}\n{hint}")
+        if not right:
+            self.fail(f"\n{call}\nshould be {expected}\nbut is    {got}\n{hint}")
 
     def test_exercise_01_answer(self):
         for a, b, *lines in (
@@ -381,8 +386,8 @@ class Exercises(unittest.TestCase):
     def test_exercise_05_certainty(self):
         mild = torch.tensor([[[0.0, 0, 0, 0], [0, 1, 2, 3], [3, 0, 0, 0]]] * 2)  # (2, 3, 4)
         call = "certainty of logits (B, T, V) = (2, 3, 4)"
-        self.assertEqual(kl.certainty(mild).shape, (2, 3), f"\n{call} must be (2, 3): "
-                         "sum over the last axis, the vocabulary")
+        self.check(f"the shape of {call}", getattr(kl.certainty(mild), "shape", None),
+                   torch.Size([2, 3]), "sum over the last axis, the vocabulary")
         other = mild.clone()
         other[1:], other[:, 1:] = other[1:] + mild[0, 1], mild[0, 2]
         self.check(f"{call} at [0, 0], with other logits at other places",
@@ -392,18 +397,22 @@ class Exercises(unittest.TestCase):
         self.check(f"certainty(log({p}))", kl.certainty(torch.tensor([[p, p]]).log()),
                    [[0.125, 0.125]], "1 - 1.75 log 2 / log 4", tolerance=1e-6)
         extreme = torch.tensor([[[0.0, -200, -200, -200], [-200, 0, 0, -200]]])
-        got, call = kl.certainty(extreme), f"certainty({extreme.tolist()})"
+        before, call = extreme.clone(), f"certainty({extreme.tolist()})"
+        got = kl.certainty(extreme)
         self.assertFalse(got.isnan().any(), f"\n{call} is nan: 0 log 0 gives nan, but p log p is 0 "
                          "where p is 0")
         self.check(call, got, [[1, 0.5]], "1 - log 2 / log 4", tolerance=1e-6)
+        self.check(f"the input after {call}", extreme, before, "it must not be changed")
 
     def test_exercise_06_prioritized_kl(self):
         given = torch.tensor([[[-1.0, -4, -2.5], [-0.5, -3, -1]], [[-4.0, -1, -2], [-0.5, -1, -4]],
                               [[0.5, 1, 0], [1, 0.25, 0.75]]])
         call = "prioritized_kl(logp={}, ref_logp={}, weight={})".format(*given.tolist())
-        logp = given[0].clone().requires_grad_()
+        logp, before = given[0].clone().requires_grad_(), given.clone()
         got = kl.prioritized_kl(logp, given[1], given[2])
-        self.check(call, got.detach(), [[2.25, 4.5, 0], [0, 0.5, 3.375]], "weight * k2")
+        self.check(call, got, [[2.25, 4.5, 0], [0, 0.5, 3.375]], "weight * k2 of each token on its "
+                   "own; the first is 1/2 * (-1 + 4)^2 / 2")
+        self.check(f"the inputs after {call}", given, before, "they must not be changed")
         self.assertTrue(got.requires_grad, f"\n{call} has no gradient; it flows through logp")
         got.sum().backward()
         self.check(f"the gradient for logp of {call}", logp.grad, [[1.5, -3, 0], [0, -0.5, 2.25]])
@@ -437,7 +446,7 @@ class Exercises(unittest.TestCase):
         got = ppo.ppo_loss(new, torch.zeros(2, 3), advantages, mask, 0.2)
         call = (f"ppo_loss at ratios {new.exp().tolist()}, advantages {advantages.tolist()}, mask "
                 f"{mask.tolist()}, clip 0.2")
-        self.check(call, got.detach(), torch.tensor(-3.8 / 3), "the mean of -1.2, 1 and -3.6")
+        self.check(call, got, torch.tensor(-3.8 / 3), "the mean of -1.2, 1 and -3.6")
         self.assertTrue(got.requires_grad, f"\n{call} has no gradient; it flows through new_logp")
         got.backward()
         self.check(f"the gradient for new_logp of {call}", new.grad, [[0, 1 / 3, 0], [-1.2, 0, 0]],
