@@ -14,9 +14,8 @@ arithmetic to small transformers"):
     </scratch>
     3 9 5
 
-The answer begins with the line break after "Target:" and ends with the one after the result. A
-second task, "subtract", shows where another task goes: a problem (a, b) with b < 0 is a - |b|,
-and 12-5 has the line "[1,2] - [5] , A=[] , C=0 , 2-5-0=-3 , A->7 , C->1".
+The answer begins with the line break after "Target:" and ends with the one after the result. The
+second task, "subtract", shows where another one goes: (a, b) with b < 0 is the problem a - |b|.
 """
 import zlib
 
@@ -45,8 +44,8 @@ def answer(a, b):
 
     A line shows what is left of both numbers, the result's digits so far (A) and the carry (C);
     then the sum of the last digits (0 where none is left) and the carry; the digit that goes in
-    front of A; the new carry. A final carry stays in C: 99+1 ends in "A=[0,0] C=1 , END". In a
-    subtraction the carry is what was borrowed.
+    front of A; the new carry. A final carry stays in C: 99+1 ends in "A=[0,0] C=1 , END".
+    12-5 begins with "[1,2] - [5] , A=[] , C=0 , 2-5-0=-3 , A->7 , C->1": its carry is borrowed.
     """
     sign = "-" if b < 0 else "+"
     x, y = list(str(a)), list(str(abs(b)))  # digits that are left, most significant first
@@ -101,7 +100,7 @@ def place(a, b, index):
     *above, line = text[:index].split("\n")
     if len(above) < 4:
         return "tag" if len(above) == 3 else "prompt"
-    if "</scratch>" in above[-1:]:
+    if "</scratch>" in above:
         return "result"
     if text[index - len(line) :].startswith("</scratch>"):
         return "tag"

@@ -5,7 +5,7 @@ an episode one answer. The reward is 1 at the last action if the result is right
 prioritized KL penalty of kl.py holds the policy near the pre-trained model, the reference.
 
 B sequences, T actions, V vocabulary. Every (B, T) tensor is aligned to the actions: see
-model.split_actions. Writes model.pt, log.csv, settings.json, accuracies.json and state.pt.
+model.split_actions.
 """
 import argparse
 import copy
@@ -25,7 +25,7 @@ import data
 from kl import certainty, prioritized_kl
 from model import (autocast, checksum, generate, get_device, load_checkpoint, read, save_checkpoint,
                    slices, split_actions)
-from pretrain import (Run, accuracy_table, add_run_options, check_finite, check_range,
+from pretrain import (Run, accuracy_table, add_run_options, answer_loss, check_finite, check_range,
                       default_folder, keep_freed_memory, print_table, sample_problems, solve,
                       to_batch)
 
@@ -66,14 +66,10 @@ def masked_mean(x, mask):
 
 
 def normalize(advantages, mask):
-    """Mean 0 and standard deviation 1 over the mask.
-
-    The deviation has a floor, else the critic's noise would be blown up into a signal where all
-    answers are right, or all wrong.
-    """
+    """Mean 0 and standard deviation 1 over the mask."""
     mean = masked_mean(advantages, mask)
     std = masked_mean((advantages - mean) ** 2, mask).sqrt()
-    return (advantages - mean) / std.clamp(min=0.1)
+    return (advantages - mean) / std.clamp(min=0.1)  # if all answers are right, do not learn noise
 
 
 def ppo_loss(new_logp, old_logp, advantages, mask, clip):
@@ -158,8 +154,8 @@ def known_critical(texts, pairs, n_digits, mask):
 def update(policy, value_head, optimizer, batch, args, generator, when="this update"):
     """Epochs of minibatches over one rollout -> {name: mean over minibatches and answer tokens}.
 
-    The figures are those of the policy before each step. A figure that is nan or infinite stops the
-    run before it reaches the weights; `when` is for that message.
+    The figures are those of the policy before each step. nan or infinity stops the run before it
+    reaches the weights; `when` is for that message.
     """
     mask, totals = batch["mask"], {}
     batch = batch | dict(advantages=normalize(batch["advantages"], mask))
@@ -226,18 +222,15 @@ def watch_critical(model, pairs, n_digits, temperature):
 
 
 def evaluate(policy, problems, old_problems, temperature):
-    """Accuracies on held-out problems {name: pairs}, greedy; on N also sampled; and N's nats.
-
-    n_nats is the cross-entropy on right answers of 1..N digits: forgetting shows there first.
+    """Accuracies on held-out problems {name: pairs}, greedy; on N also sampled; and n_nats, the
+    cross-entropy on right answers of 1..N digits: forgetting shows there first.
     """
     correct, _ = solve(policy, [pair for pairs in problems.values() for pair in pairs])
-    row = {name: float(x.mean()) for name, x in
-           zip(problems, np.split(correct, len(problems)))}
+    row = {name: float(x.mean()) for name, x in zip(problems, np.split(correct, len(problems)))}
     row["n_sampled"] = float(solve(policy, problems["n_identical"], temperature)[0].mean())
-    ids, prompt_len, lengths = to_batch(old_problems, policy.lm_head.weight.device)
-    states, actions, mask = split_actions(ids, prompt_len, lengths)
-    logits, _ = read(policy, states, lengths - 1)
-    return row | dict(n_nats=-masked_mean(token_logp(logits, actions), mask).item())
+    with torch.no_grad():
+        loss = answer_loss(policy, *to_batch(old_problems, policy.lm_head.weight.device))
+    return row | dict(n_nats=loss.item())
 
 
 def explain(batch, pairs, args):

@@ -766,7 +766,7 @@ class Pretrain(Case):
                 starts.append(o)
         self.assertEqual((used, len(set(map(str, seen)))), (set(range(200)), 200))
         self.assertLess(np.mean(spread), 10)
-        self.assertAlmostEqual(np.mean(np.array(starts) == 0), 0.25, delta=0.07)  # 4 sigma: 0.06
+        self.assertAlmostEqual(np.mean(np.array(starts) == 0), 0.5, delta=0.08)  # 4 sigma: 0.07
         for start in (1, 63, 64, 130):
             ids, _, _, offset = next(pretrain.pretrain_batches(2, 4, 200, 0, CPU, start=start))
             self.assertEqual([ids.tolist(), offset.tolist()], seen[start], "as if never stopped")
