@@ -162,128 +162,21 @@ Target:
 
 
 # ------------------------------------------------------------------ the exercises
-# A new exercise is an entry here and its function's docstring; its judge is found by number, as
-# Exercises.test_exercise_<number>. `right`: solutions other than ours. `slips`: changes of ours
-# (old, new, old, new, ...) that make it wrong, or wrong functions; the judge must refuse each and
-# each pair. The hand-out has neither `right` nor `slips`.
+# A new exercise is its function's docstring and an entry here: this decorator on its judge, which
+# becomes the test Exercises.test_exercise_<number>_<function>. `right`: solutions other than ours.
+# `slips`: changes of ours (old, new, old, new, ...) that make it wrong, or wrong functions; the
+# judge must refuse each and each pair. The hand-out has neither `right` nor `slips`.
 Exercise = namedtuple("Exercise", "number file function text minutes right slips")
-EXERCISES = [
-    Exercise(1, "data.py", "answer", "the scratchpad, a line a digit", 40,
-        right=[], slips={
-            "the carry is forgotten": (' + int(f"{sign}{carry}")', ""),
-            "A grows at its end": ("insert(0, str(digit))", "append(str(digit))"),
-            "a comma in the last line": ("}] C=", "}] , C="),
-            "no spaces in the result": ('" ".join(str(a + b))', "str(a + b)"),
-            "the final carry is lost": ('" ".join(str(a + b))', '" ".join(result)'),
-            "leading zeros": ('" ".join(str(a + b))', '" ".join(["1"] * carry + result)'),
-            "stops at the shorter number": ("x or y", "x and y"),
-            "no last line break": ('str(a + b)) + "\\n"', "str(a + b))")}),
-    Exercise(2, "data.py", "grade", "is the result in this text the sum?", 15,
-        right=[], slips={
-            "takes a text that was cut off": ('line_break == "\\n" and ', ""),
-            "the last end tag": ("text.partition", "text.rpartition"),
-            "any end tag": ("</scratch>\\n", "/scratch>\\n"),
-            "ignores spaces": ("result ==", "result.replace(' ', '') ==", '" ".join', "str"),
-            "no subtraction": ("str(a + b)", "str(a + abs(b))")}),
-    Exercise(3, "model.py", "attention", "scaled dot-product attention with a mask", 30,
-        right=["""
-def attention(q, k, v, mask):
-    scores = torch.einsum("bhtd,bhsd->bhts", q, k) / q.size(-1) ** 0.5
-    weights = scores.masked_fill(mask != 0, float("-inf")).exp()
-    return torch.einsum("bhts,bhsd->bhtd", weights / weights.sum(-1, keepdim=True), v)
-"""],
-        slips={
-            "no mask": ("scores += mask", "pass"),
-            "the mask turned round": ("scores += mask", "scores -= mask"),
-            "the mask after the softmax": ("scores += mask", "pass", "F.softmax(scores, -1)",
-                                           "(F.softmax(scores, -1) * (mask == 0))"),
-            "a causal mask of its own": ("+= mask", "+= torch.full_like(mask, -1e9).triu(1)"),
-            "no scale": (" * q.shape[-1] ** -0.5", ""),
-            "the root of T": ("q.shape[-1]", "q.shape[-2]"),
-            "softmax over the queries": ("scores, -1", "scores, -2"),
-            "changes its input": ("q * q", "q.mul_(1.5) / 1.5 * q"),
-            "a library's": "lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask)"}),
-    Exercise(4, "model.py", "sample", "a token from logits, at a temperature", 15,
-        right=["""
-def sample(logits, temperature, generator=None):
-    if temperature == 0:
-        return logits.max(-1).indices
-    uniform = torch.rand(logits.shape, generator=generator)
-    return (logits / temperature - (-uniform.log()).log()).argmax(-1)  # Gumbel's trick
-"""],
-        slips={
-            "no temperature": (" / temperature", ""),
-            "the least likely": ("argmax", "argmin"),
-            "no generator": (", generator=generator)", ")"),
-            "one column too many": (".view(logits.shape[:-1])", ""),
-            "softmax over the rows": ("temperature, -1", "temperature, 0"),
-            "divides by 0": ("temperature == 0", "temperature < 0"),
-            "one row for all": ("(probs, 1", "(probs[:1].expand_as(probs), 1")}),
-    Exercise(5, "kl.py", "certainty", "equation 2", 15,
-        right=["lambda x: 1 - torch.special.entr(x.softmax(-1)).sum(-1) / math.log(x.shape[-1])",
-               "lambda x: 1 - torch.distributions.Categorical(logits=x).entropy().div("
-               "math.log(x.size(2)))",
-               "lambda x: 1 + (x.softmax(2) * (x.softmax(2) + 1e-9).log()).sum(2).div("
-               "math.log(x.size(2)))"],
-        slips={
-            "not divided by H_max": (" / math.log(ref_logits.shape[-1])", ""),
-            "uncertainty": ("1 - entropy", "entropy"),
-            "the sign of the entropy": ("= -(", "= ("),
-            "0 log 0": ("logp.exp() * logp", "logp.exp() * logp.exp().log()"),
-            "softmax over the positions": ("float(), -1", "float(), 1"),
-            "softmax over the sequences": ("float(), -1", "float(), 0"),
-            "sum over the positions": ("sum(-1)", "sum(1)"),
-            "changes its input": ("(ref_logits.float(),", "(ref_logits.sub_(1),"),
-            "log T": ("ref_logits.shape[-1]", "ref_logits.shape[1]")}),
-    Exercise(6, "kl.py", "prioritized_kl", "equation 1", 15,
-        right=["lambda logp, ref_logp, weight: torch.square(ref_logp - logp).mul(0.5) * weight"],
-        slips={
-            "k1": (" ** 2 / 2", ""),
-            "k3": ("(logp - ref_logp) ** 2 / 2", "((ref_logp - logp).expm1() + logp - ref_logp)"),
-            "no half": (" / 2", ""),
-            "no weight": ("weight * (", "("),
-            "the wrong way round": ("weight *", "(1 - weight) *"),
-            "the gradient is cut": ("(logp -", "(logp.detach() -"),
-            "changes its input": ("return weight *", "return weight.mul_(2) / 2 *"),
-            "a mean": ("** 2 / 2", "** 2 / 2).mean()", "return ", "return ("),
-            "probabilities": ("logp - ref_logp", "logp.exp() - ref_logp.exp()")}),
-    Exercise(7, "ppo.py", "gae", "generalized advantage estimation", 40,
-        right=["""
-def gae(rewards, values, mask, gamma, lam):
-    out, n = torch.zeros_like(values), values.shape[1]
-    delta = rewards + gamma * F.pad(values * mask, (0, 1))[:, 1:] - values
-    for t, s in ((t, s) for t in range(n) for s in range(t, n)):
-        out[:, t] += (gamma * lam) ** (s - t) * delta[:, s] * mask[:, s] * mask[:, t]
-    return out
-"""],
-        slips={
-            "padding has values": ("= values[:, t] * mask[:, t],", "= values[:, t],"),
-            "padding has advantages": (") * mask[:, t]", ")"),
-            "a mask at the end alone": (") * mask[:, t]", ")", "= values[:, t] * mask[:, t],",
-                                        "= values[:, t],", "return advantages",
-                                        "return advantages * mask"),
-            "the value is not discounted": ("gamma * next_value", "next_value"),
-            "no lambda": ("gamma * lam", "gamma"),
-            "the same value": ("gamma * next_value", "gamma * values[:, t]"),
-            "the mask of the first row": ("mask[:, t]", "mask[:1, t]"),
-            "bootstraps": ("torch.zeros_like(values[:, 0])", "values[:, -1]")}),
-    Exercise(8, "ppo.py", "ppo_loss", "the clipped surrogate", 20,
-        right=["""
-def ppo_loss(new_logp, old_logp, advantages, mask, clip):
-    ratio = new_logp.exp() / old_logp.exp()
-    loss = torch.max(-advantages * ratio, -advantages * torch.clamp(ratio, 1 - clip, 1 + clip))
-    return loss[mask > 0].mean()
-"""],
-        slips={
-            "the larger of the two": ("torch.min", "torch.max"),
-            "the sign": ("return -", "return "),
-            "clipped from above only": ("clamp(1 - clip, 1 + clip)", "clamp(max=1 + clip)"),
-            "never clipped": ("clipped * advantages", "ratio * advantages"),
-            "the ratio upside down": ("new_logp - old_logp", "old_logp - new_logp"),
-            "the gradient is cut": (".exp()", ".exp().detach()"),
-            "padding counts": ("), mask)", "), torch.ones_like(mask))"),
-            "divided by all tokens": ("), mask)", ") * mask, torch.ones_like(mask))")}),
-]
+EXERCISES = []
+
+
+def exercise(*facts, **solutions):
+    def add(judge):
+        EXERCISES.append(Exercise(*facts, **solutions))
+        number, _, function, *_ = facts
+        setattr(Exercises, f"test_exercise_{number:02}_{function}", judge)
+        return judge
+    return add
 
 
 class NoFusedAttention(TorchFunctionMode):
@@ -314,143 +207,266 @@ class Exercises(unittest.TestCase):
         if not right:
             self.fail(f"\n{call}\nshould be {expected}\nbut is    {got}\n{hint}")
 
-    def test_exercise_01_answer(self):
-        for a, b, *lines in (
-                (367, 28, *WORKED.split("\n")[4:8], "3 9 5"),
-                (9, 92, "[9] + [9,2] , A=[] , C=0 , 9+2+0=11 , A->1 , C->1",
-                 "[] + [9] , A=[1] , C=1 , 0+9+1=10 , A->0 , C->1",
-                 "[] + [] , A=[0,1] C=1 , END", "1 0 1"),  # a final carry shows in the result
-                (0, 0, "[0] + [0] , A=[] , C=0 , 0+0+0=0 , A->0 , C->0",
-                 "[] + [] , A=[0] C=0 , END", "0"),
-                (112, -15, "[1,1,2] - [1,5] , A=[] , C=0 , 2-5-0=-3 , A->7 , C->1",
-                 "[1,1] - [1] , A=[7] , C=1 , 1-1-1=-1 , A->9 , C->1",
-                 "[1] - [] , A=[9,7] , C=1 , 1-0-1=0 , A->0 , C->0",
-                 "[] - [] , A=[0,9,7] C=0 , END", "9 7")):  # A keeps a leading zero
-            lines[-1:] = ["</scratch>", lines[-1], ""]
-            self.check(f"answer({a}, {b})", data.answer(a, b), "\n".join(["", "<scratch>", *lines]))
-        self.check("prompt(367, 28) + answer(367, 28)", data.prompt(367, 28) + data.answer(367, 28),
-                   WORKED)
 
-    def test_exercise_02_grade(self):
-        end = "\n</scratch>\n"
-        right = [WORKED, f"{end}3 9 5\n", f"{end}3 9 5\n4 0 0\n", f"{end}3 9 5{end}4 0 0\n"]
-        wrong = ["4 0 0\n3 9 5\n", f"4 0 0{end}3 9 5\n", "3 9 5", "3 9\n", "3 9 6\n", "3 9 5 0\n",
-                 "395\n", "3  9 5\n", "3 9 5 \n", " 3 9 5\n", "0 3 9 5\n", "3 9 5\r\n", "\n3 9 5\n",
-                 "3 9 5\u2028\n", "٣ ٩ ٥\n", "\x00\ud800😀", ""]
-        wrong = [end + text for text in wrong] + ["3 9 5\n", "</scratch>3 9 5\n",
-                                                  "/scratch>\n3 9 5\n", ""]
-        tests = [(text, 367, 28, text in right) for text in right + wrong]
-        tests += [(f"{end}0\n", 0, 0, True), (f"{end}4 5\n", 52, -7, True)]
-        for text, a, b, expected in (*tests, (f"{end}5 9\n", 52, -7, False)):
-            self.check(f"grade({text!r}, {a}, {b})", data.grade(text, a, b), expected)
+@exercise(1, "data.py", "answer", "the scratchpad, a line a digit", 40,
+    right=[], slips={
+        "the carry is forgotten": (' + int(f"{sign}{carry}")', ""),
+        "A grows at its end": ("insert(0, str(digit))", "append(str(digit))"),
+        "a comma in the last line": ("}] C=", "}] , C="),
+        "no spaces in the result": ('" ".join(str(a + b))', "str(a + b)"),
+        "the final carry is lost": ('" ".join(str(a + b))', '" ".join(result)'),
+        "leading zeros": ('" ".join(str(a + b))', '" ".join(["1"] * carry + result)'),
+        "stops at the shorter number": ("x or y", "x and y"),
+        "no last line break": ('str(a + b)) + "\\n"', "str(a + b))")})
+def judge_answer(self):
+    for a, b, *lines in (
+            (367, 28, *WORKED.split("\n")[4:8], "3 9 5"),
+            (9, 92, "[9] + [9,2] , A=[] , C=0 , 9+2+0=11 , A->1 , C->1",
+             "[] + [9] , A=[1] , C=1 , 0+9+1=10 , A->0 , C->1",
+             "[] + [] , A=[0,1] C=1 , END", "1 0 1"),  # a final carry shows in the result
+            (0, 0, "[0] + [0] , A=[] , C=0 , 0+0+0=0 , A->0 , C->0",
+             "[] + [] , A=[0] C=0 , END", "0"),
+            (112, -15, "[1,1,2] - [1,5] , A=[] , C=0 , 2-5-0=-3 , A->7 , C->1",
+             "[1,1] - [1] , A=[7] , C=1 , 1-1-1=-1 , A->9 , C->1",
+             "[1] - [] , A=[9,7] , C=1 , 1-0-1=0 , A->0 , C->0",
+             "[] - [] , A=[0,9,7] C=0 , END", "9 7")):  # A keeps a leading zero
+        lines[-1:] = ["</scratch>", lines[-1], ""]
+        self.check(f"answer({a}, {b})", data.answer(a, b), "\n".join(["", "<scratch>", *lines]))
+    self.check("prompt(367, 28) + answer(367, 28)", data.prompt(367, 28) + data.answer(367, 28),
+               WORKED)
 
-    def test_exercise_03_attention(self):
-        # D = 9. Head 1: token 0 sees itself. Token 1 has scores 3 log 3 and 0, over sqrt(D):
-        # weights 3/4 and 1/4. Head 2: all scores are 0, so token 1 has the mean of both values.
-        q, k, v, expected = F.pad(torch.tensor([
-            [[[[1.0, 0], [math.log(3), 0]], [[0.0, 0], [0, 0]]]],
-            [[[[3.0, 0], [0, 0]], [[1.0, 1], [2, 2]]]], [[[[4.0, 8], [0, 4]], [[2.0, 0], [0, 6]]]],
-            [[[[4.0, 8], [3, 7]], [[2.0, 0], [1, 3]]]]]), (0, 7))
-        mask = torch.tensor([[0, -math.inf], [0, 0]])
-        # With a cache: T = 2 new tokens see the first 3 and 4 of S = 5; B, H = 2, 3; scores 0.
-        zero, values = torch.zeros(2, 3, 2, 4), torch.arange(120.0).view(2, 3, 5, 4)
-        late = torch.full((2, 5), -math.inf).triu(3)
-        means = torch.stack([values[:, :, :3].mean(2), values[:, :, :4].mean(2)], 2)
-        for given, expected in ((q, k, v, mask), expected), ((zero, values, values, late), means):
-            call = "attention(q={}, k={}, v={}, mask={})".format(*(x.tolist() for x in given))
-            before = copy.deepcopy(given)
-            with NoFusedAttention():
-                got = model.attention(*given)
-            self.check(call, got, expected, tolerance=1e-4)
-            self.assertTrue(all(map(torch.equal, given, before)), f"{call} changes its inputs")
 
-    def test_exercise_04_sample(self):
-        logits = torch.tensor([[[0.0, 2.0, 1.0], [5.0, 4.0, 3.0]]])
-        for x, greedy in (logits, [[1, 0]]), (logits[0, 0], 1):
-            got = model.sample(x, 0)
-            self.check(f"sample({x.tolist()}, 0)", got, torch.tensor(greedy), "0 is greedy")
-        sure = 100 * torch.eye(5)[torch.tensor([[3, 0, 4], [1, 1, 2]])]
-        self.check("sample of logits (2, 3, 5) that are 100 at [[3, 0, 4], [1, 1, 2]], else 0",
-                   model.sample(sure, 1.0), [[3, 0, 4], [1, 1, 2]])
-        self.check("sample of logits (5,)", model.sample(sure[0, 0], 1.0), torch.tensor(3))
-        logits = torch.tensor([0.0, 2.0, 4.0]).expand(20000, 3)
-        for temperature in (0.5, 1.0, 2.0):
-            drawn = model.sample(logits, temperature, seeded())
-            e = [math.exp(x / temperature) for x in (0, 2, 4)]
-            self.check(f"the shares of tokens in 20,000 rows of sample([0, 2, 4], {temperature})",
-                       torch.bincount(drawn.flatten(), minlength=3) / 20000,
-                       [x / sum(e) for x in e], tolerance=0.018)  # 5 standard errors
-            self.check("sample with a generator of the same seed, drawn again",
-                       model.sample(logits, temperature, seeded()), drawn)
+@exercise(2, "data.py", "grade", "is the result in this text the sum?", 15,
+    right=[], slips={
+        "takes a text that was cut off": ('line_break == "\\n" and ', ""),
+        "the last end tag": ("text.partition", "text.rpartition"),
+        "any end tag": ("</scratch>\\n", "/scratch>\\n"),
+        "ignores spaces": ("result ==", "result.replace(' ', '') ==", '" ".join', "str"),
+        "no subtraction": ("str(a + b)", "str(a + abs(b))")})
+def judge_grade(self):
+    end = "\n</scratch>\n"
+    right = [WORKED, f"{end}3 9 5\n", f"{end}3 9 5\n4 0 0\n", f"{end}3 9 5{end}4 0 0\n"]
+    wrong = ["4 0 0\n3 9 5\n", f"4 0 0{end}3 9 5\n", "3 9 5", "3 9\n", "3 9 6\n", "3 9 5 0\n",
+             "395\n", "3  9 5\n", "3 9 5 \n", " 3 9 5\n", "0 3 9 5\n", "3 9 5\r\n", "\n3 9 5\n",
+             "3 9 5\u2028\n", "٣ ٩ ٥\n", "\x00\ud800😀", ""]
+    wrong = [end + text for text in wrong] + ["3 9 5\n", "</scratch>3 9 5\n",
+                                              "/scratch>\n3 9 5\n", ""]
+    tests = [(text, 367, 28, text in right) for text in right + wrong]
+    tests += [(f"{end}0\n", 0, 0, True), (f"{end}4 5\n", 52, -7, True)]
+    for text, a, b, expected in (*tests, (f"{end}5 9\n", 52, -7, False)):
+        self.check(f"grade({text!r}, {a}, {b})", data.grade(text, a, b), expected)
 
-    def test_exercise_05_certainty(self):
-        mild = torch.tensor([[[0.0, 0, 0, 0], [0, 1, 2, 3], [3, 0, 0, 0]]] * 2)  # (2, 3, 4)
-        call = "certainty of logits (B, T, V) = (2, 3, 4)"
-        self.check(f"the shape of {call}", getattr(kl.certainty(mild), "shape", None),
-                   torch.Size([2, 3]), "sum over the last axis, the vocabulary")
-        other = mild.clone()
-        other[1:], other[:, 1:] = other[1:] + mild[0, 1], mild[0, 2]
-        self.check(f"{call} at [0, 0], with other logits at other places",
-                   kl.certainty(other)[0, 0], kl.certainty(mild)[0, 0], "wrong axis: probabilities "
-                   "add up to 1 over the last axis, the vocabulary, at each place on its own")
-        p = [0.5, 0.25, 0.125, 0.125]  # H = 7/4 log 2, H_max = 2 log 2
-        self.check(f"certainty(log({p}))", kl.certainty(torch.tensor([[p, p]]).log()),
-                   [[0.125, 0.125]], "1 - 1.75 log 2 / log 4", tolerance=1e-6)
-        extreme = torch.tensor([[[0.0, -200, -200, -200], [-200, 0, 0, -200]]])
-        before, call = extreme.clone(), f"certainty({extreme.tolist()})"
-        got = kl.certainty(extreme)
-        self.assertFalse(got.isnan().any(), f"\n{call} is nan: 0 log 0 gives nan, but p log p is 0 "
-                         "where p is 0")
-        self.check(call, got, [[1, 0.5]], "1 - log 2 / log 4", tolerance=1e-6)
-        self.check(f"the input after {call}", extreme, before, "it must not be changed")
 
-    def test_exercise_06_prioritized_kl(self):
-        given = torch.tensor([[[-1.0, -4, -2.5], [-0.5, -3, -1]], [[-4.0, -1, -2], [-0.5, -1, -4]],
-                              [[0.5, 1, 0], [1, 0.25, 0.75]]])
-        call = "prioritized_kl(logp={}, ref_logp={}, weight={})".format(*given.tolist())
-        logp, before = given[0].clone().requires_grad_(), given.clone()
-        got = kl.prioritized_kl(logp, given[1], given[2])
-        self.check(call, got, [[2.25, 4.5, 0], [0, 0.5, 3.375]], "weight * k2 of each token on its "
-                   "own; the first is 1/2 * (-1 + 4)^2 / 2")
-        self.check(f"the inputs after {call}", given, before, "they must not be changed")
-        self.assertTrue(got.requires_grad, f"\n{call} has no gradient; it flows through logp")
-        got.sum().backward()
-        self.check(f"the gradient for logp of {call}", logp.grad, [[1.5, -3, 0], [0, -0.5, 2.25]])
+@exercise(3, "model.py", "attention", "scaled dot-product attention with a mask", 30,
+    right=["""
+def attention(q, k, v, mask):
+    scores = torch.einsum("bhtd,bhsd->bhts", q, k) / q.size(-1) ** 0.5
+    weights = scores.masked_fill(mask != 0, float("-inf")).exp()
+    return torch.einsum("bhts,bhsd->bhtd", weights / weights.sum(-1, keepdim=True), v)
+"""],
+    slips={
+        "no mask": ("scores += mask", "pass"),
+        "the mask turned round": ("scores += mask", "scores -= mask"),
+        "the mask after the softmax": ("scores += mask", "pass", "F.softmax(scores, -1)",
+                                       "(F.softmax(scores, -1) * (mask == 0))"),
+        "a causal mask of its own": ("+= mask", "+= torch.full_like(mask, -1e9).triu(1)"),
+        "no scale": (" * q.shape[-1] ** -0.5", ""),
+        "the root of T": ("q.shape[-1]", "q.shape[-2]"),
+        "softmax over the queries": ("scores, -1", "scores, -2"),
+        "changes its input": ("q * q", "q.mul_(1.5) / 1.5 * q"),
+        "a library's": "lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask)"})
+def judge_attention(self):
+    # D = 9. Head 1: token 0 sees itself. Token 1 has scores 3 log 3 and 0, over sqrt(D):
+    # weights 3/4 and 1/4. Head 2: all scores are 0, so token 1 has the mean of both values.
+    q, k, v, expected = F.pad(torch.tensor([
+        [[[[1.0, 0], [math.log(3), 0]], [[0.0, 0], [0, 0]]]],
+        [[[[3.0, 0], [0, 0]], [[1.0, 1], [2, 2]]]], [[[[4.0, 8], [0, 4]], [[2.0, 0], [0, 6]]]],
+        [[[[4.0, 8], [3, 7]], [[2.0, 0], [1, 3]]]]]), (0, 7))
+    mask = torch.tensor([[0, -math.inf], [0, 0]])
+    # With a cache: T = 2 new tokens see the first 3 and 4 of S = 5; B, H = 2, 3; scores 0.
+    zero, values = torch.zeros(2, 3, 2, 4), torch.arange(120.0).view(2, 3, 5, 4)
+    late = torch.full((2, 5), -math.inf).triu(3)
+    means = torch.stack([values[:, :, :3].mean(2), values[:, :, :4].mean(2)], 2)
+    for given, expected in ((q, k, v, mask), expected), ((zero, values, values, late), means):
+        call = "attention(q={}, k={}, v={}, mask={})".format(*(x.tolist() for x in given))
+        before = copy.deepcopy(given)
+        with NoFusedAttention():
+            got = model.attention(*given)
+        self.check(call, got, expected, tolerance=1e-4)
+        self.assertTrue(all(map(torch.equal, given, before)), f"{call} changes its inputs")
 
-    def test_exercise_07_gae(self):
-        for rewards, values, mask, gamma, lam, expected in (
-                ([[0.0, 1]], [[0.0, 0]], [[1.0, 1]], 1, 1, [[1.0, 1]]),
-                # delta_1 = 1 - 4 = -3; delta_0 = 0 + 4/2 - 2 = 0; A_0 = 0 + (1/2)(1/4)(-3)
-                ([[0.0, 1]], [[2.0, 4]], [[1.0, 1]], 0.5, 0.25, [[-0.375, -3]]),
-                # A prompt before the answer and padding after it: delta_2 = 1/2, delta_1 = 1/4.
-                ([[0.0, 0, 1, 0]], [[9.0, 0.25, 0.5, 7]], [[0.0, 1, 1, 0]], 1, 0.5,
-                 [[0.0, 0.5, 0.5, 0]]),
-                ([[0.0, 1, 0], [0, 0, 2]], [[0.5, 0.5, 9], [9, 1, 1]], [[1.0, 1, 0], [0, 1, 1]],
-                 1, 1, [[0.5, 0.5, 0], [0, 1, 1]])):
-            call = f"gae(rewards={rewards}, values={values}, mask={mask}, gamma={gamma}, lam={lam})"
-            given = [torch.tensor(x) for x in (rewards, values, mask)]
-            self.check(call, ppo.gae(*given, gamma, lam), expected)
-            self.check(f"the inputs after {call}", torch.stack(given), [rewards, values, mask],
-                       "gae must not change its inputs")
 
-    def test_exercise_08_ppo_loss(self):
-        one = torch.ones(1, 1)
-        for ratio, A, expected in ((1.0, 1.0, -1.0), (1.5, 1.0, -1.2), (1.5, -1.0, 1.5),
-                                   (0.5, 1.0, -0.5), (0.5, -1.0, 0.8)):
-            got = ppo.ppo_loss(one * math.log(ratio) - 2, -2 * one, A * one, one, 0.2)
-            self.check(f"ppo_loss at ratio {ratio}, advantage {A}, clip 0.2", got,
-                       torch.tensor(expected), "-min(ratio A, clip(ratio) A)")
-        new = torch.tensor([[1.5, 1, 3], [0.9, 3, 0.5]]).log().requires_grad_()
-        advantages = torch.tensor([[1.0, -1, 100], [4, 100, 100]])
-        mask = torch.tensor([[1.0, 1, 0], [1, 0, 0]])
-        got = ppo.ppo_loss(new, torch.zeros(2, 3), advantages, mask, 0.2)
-        call = (f"ppo_loss at ratios {new.exp().tolist()}, advantages {advantages.tolist()}, mask "
-                f"{mask.tolist()}, clip 0.2")
-        self.check(call, got, torch.tensor(-3.8 / 3), "the mean of -1.2, 1 and -3.6")
-        self.assertTrue(got.requires_grad, f"\n{call} has no gradient; it flows through new_logp")
-        got.backward()
-        self.check(f"the gradient for new_logp of {call}", new.grad, [[0, 1 / 3, 0], [-1.2, 0, 0]],
-                   "-ratio A / 3, and 0 where the ratio is clipped or the mask is 0")
+@exercise(4, "model.py", "sample", "a token from logits, at a temperature", 15,
+    right=["""
+def sample(logits, temperature, generator=None):
+    if temperature == 0:
+        return logits.max(-1).indices
+    uniform = torch.rand(logits.shape, generator=generator)
+    return (logits / temperature - (-uniform.log()).log()).argmax(-1)  # Gumbel's trick
+"""],
+    slips={
+        "no temperature": (" / temperature", ""),
+        "the least likely": ("argmax", "argmin"),
+        "no generator": (", generator=generator)", ")"),
+        "one column too many": (".view(logits.shape[:-1])", ""),
+        "softmax over the rows": ("temperature, -1", "temperature, 0"),
+        "divides by 0": ("temperature == 0", "temperature < 0"),
+        "one row for all": ("(probs, 1", "(probs[:1].expand_as(probs), 1")})
+def judge_sample(self):
+    logits = torch.tensor([[[0.0, 2.0, 1.0], [5.0, 4.0, 3.0]]])
+    for x, greedy in (logits, [[1, 0]]), (logits[0, 0], 1):
+        got = model.sample(x, 0)
+        self.check(f"sample({x.tolist()}, 0)", got, torch.tensor(greedy), "0 is greedy")
+    sure = 100 * torch.eye(5)[torch.tensor([[3, 0, 4], [1, 1, 2]])]
+    self.check("sample of logits (2, 3, 5) that are 100 at [[3, 0, 4], [1, 1, 2]], else 0",
+               model.sample(sure, 1.0), [[3, 0, 4], [1, 1, 2]])
+    self.check("sample of logits (5,)", model.sample(sure[0, 0], 1.0), torch.tensor(3))
+    logits = torch.tensor([0.0, 2.0, 4.0]).expand(20000, 3)
+    for temperature in (0.5, 1.0, 2.0):
+        drawn = model.sample(logits, temperature, seeded())
+        e = [math.exp(x / temperature) for x in (0, 2, 4)]
+        self.check(f"the shares of tokens in 20,000 rows of sample([0, 2, 4], {temperature})",
+                   torch.bincount(drawn.flatten(), minlength=3) / 20000,
+                   [x / sum(e) for x in e], tolerance=0.018)  # 5 standard errors
+        self.check("sample with a generator of the same seed, drawn again",
+                   model.sample(logits, temperature, seeded()), drawn)
+
+
+@exercise(5, "kl.py", "certainty", "equation 2", 15,
+    right=["lambda x: 1 - torch.special.entr(x.softmax(-1)).sum(-1) / math.log(x.shape[-1])",
+           "lambda x: 1 - torch.distributions.Categorical(logits=x).entropy().div("
+           "math.log(x.size(2)))",
+           "lambda x: 1 + (x.softmax(2) * (x.softmax(2) + 1e-9).log()).sum(2).div("
+           "math.log(x.size(2)))"],
+    slips={
+        "not divided by H_max": (" / math.log(ref_logits.shape[-1])", ""),
+        "uncertainty": ("1 - entropy", "entropy"),
+        "the sign of the entropy": ("= -(", "= ("),
+        "0 log 0": ("logp.exp() * logp", "logp.exp() * logp.exp().log()"),
+        "softmax over the positions": ("float(), -1", "float(), 1"),
+        "softmax over the sequences": ("float(), -1", "float(), 0"),
+        "sum over the positions": ("sum(-1)", "sum(1)"),
+        "changes its input": ("(ref_logits.float(),", "(ref_logits.sub_(1),"),
+        "log T": ("ref_logits.shape[-1]", "ref_logits.shape[1]")})
+def judge_certainty(self):
+    mild = torch.tensor([[[0.0, 0, 0, 0], [0, 1, 2, 3], [3, 0, 0, 0]]] * 2)  # (2, 3, 4)
+    call = "certainty of logits (B, T, V) = (2, 3, 4)"
+    self.check(f"the shape of {call}", getattr(kl.certainty(mild), "shape", None),
+               torch.Size([2, 3]), "sum over the last axis, the vocabulary")
+    other = mild.clone()
+    other[1:], other[:, 1:] = other[1:] + mild[0, 1], mild[0, 2]
+    self.check(f"{call} at [0, 0], with other logits at other places",
+               kl.certainty(other)[0, 0], kl.certainty(mild)[0, 0], "wrong axis: probabilities "
+               "add up to 1 over the last axis, the vocabulary, at each place on its own")
+    p = [0.5, 0.25, 0.125, 0.125]  # H = 7/4 log 2, H_max = 2 log 2
+    self.check(f"certainty(log({p}))", kl.certainty(torch.tensor([[p, p]]).log()),
+               [[0.125, 0.125]], "1 - 1.75 log 2 / log 4", tolerance=1e-6)
+    extreme = torch.tensor([[[0.0, -200, -200, -200], [-200, 0, 0, -200]]])
+    before, call = extreme.clone(), f"certainty({extreme.tolist()})"
+    got = kl.certainty(extreme)
+    self.assertFalse(got.isnan().any(), f"\n{call} is nan: 0 log 0 gives nan, but p log p is 0 "
+                     "where p is 0")
+    self.check(call, got, [[1, 0.5]], "1 - log 2 / log 4", tolerance=1e-6)
+    self.check(f"the input after {call}", extreme, before, "it must not be changed")
+
+
+@exercise(6, "kl.py", "prioritized_kl", "equation 1", 15,
+    right=["lambda logp, ref_logp, weight: torch.square(ref_logp - logp).mul(0.5) * weight"],
+    slips={
+        "k1": (" ** 2 / 2", ""),
+        "k3": ("(logp - ref_logp) ** 2 / 2", "((ref_logp - logp).expm1() + logp - ref_logp)"),
+        "no half": (" / 2", ""),
+        "no weight": ("weight * (", "("),
+        "the wrong way round": ("weight *", "(1 - weight) *"),
+        "the gradient is cut": ("(logp -", "(logp.detach() -"),
+        "changes its input": ("return weight *", "return weight.mul_(2) / 2 *"),
+        "a mean": ("** 2 / 2", "** 2 / 2).mean()", "return ", "return ("),
+        "probabilities": ("logp - ref_logp", "logp.exp() - ref_logp.exp()")})
+def judge_prioritized_kl(self):
+    given = torch.tensor([[[-1.0, -4, -2.5], [-0.5, -3, -1]], [[-4.0, -1, -2], [-0.5, -1, -4]],
+                          [[0.5, 1, 0], [1, 0.25, 0.75]]])
+    call = "prioritized_kl(logp={}, ref_logp={}, weight={})".format(*given.tolist())
+    logp, before = given[0].clone().requires_grad_(), given.clone()
+    got = kl.prioritized_kl(logp, given[1], given[2])
+    self.check(call, got, [[2.25, 4.5, 0], [0, 0.5, 3.375]], "weight * k2 of each token on its "
+               "own; the first is 1/2 * (-1 + 4)^2 / 2")
+    self.check(f"the inputs after {call}", given, before, "they must not be changed")
+    self.assertTrue(got.requires_grad, f"\n{call} has no gradient; it flows through logp")
+    got.sum().backward()
+    self.check(f"the gradient for logp of {call}", logp.grad, [[1.5, -3, 0], [0, -0.5, 2.25]])
+
+
+@exercise(7, "ppo.py", "gae", "generalized advantage estimation", 40,
+    right=["""
+def gae(rewards, values, mask, gamma, lam):
+    out, n = torch.zeros_like(values), values.shape[1]
+    delta = rewards + gamma * F.pad(values * mask, (0, 1))[:, 1:] - values
+    for t, s in ((t, s) for t in range(n) for s in range(t, n)):
+        out[:, t] += (gamma * lam) ** (s - t) * delta[:, s] * mask[:, s] * mask[:, t]
+    return out
+"""],
+    slips={
+        "padding has values": ("= values[:, t] * mask[:, t],", "= values[:, t],"),
+        "padding has advantages": (") * mask[:, t]", ")"),
+        "a mask at the end alone": (") * mask[:, t]", ")", "= values[:, t] * mask[:, t],",
+                                    "= values[:, t],", "return advantages",
+                                    "return advantages * mask"),
+        "the value is not discounted": ("gamma * next_value", "next_value"),
+        "no lambda": ("gamma * lam", "gamma"),
+        "the same value": ("gamma * next_value", "gamma * values[:, t]"),
+        "the mask of the first row": ("mask[:, t]", "mask[:1, t]"),
+        "bootstraps": ("torch.zeros_like(values[:, 0])", "values[:, -1]")})
+def judge_gae(self):
+    for rewards, values, mask, gamma, lam, expected in (
+            ([[0.0, 1]], [[0.0, 0]], [[1.0, 1]], 1, 1, [[1.0, 1]]),
+            # delta_1 = 1 - 4 = -3; delta_0 = 0 + 4/2 - 2 = 0; A_0 = 0 + (1/2)(1/4)(-3)
+            ([[0.0, 1]], [[2.0, 4]], [[1.0, 1]], 0.5, 0.25, [[-0.375, -3]]),
+            # A prompt before the answer and padding after it: delta_2 = 1/2, delta_1 = 1/4.
+            ([[0.0, 0, 1, 0]], [[9.0, 0.25, 0.5, 7]], [[0.0, 1, 1, 0]], 1, 0.5,
+             [[0.0, 0.5, 0.5, 0]]),
+            ([[0.0, 1, 0], [0, 0, 2]], [[0.5, 0.5, 9], [9, 1, 1]], [[1.0, 1, 0], [0, 1, 1]],
+             1, 1, [[0.5, 0.5, 0], [0, 1, 1]])):
+        call = f"gae(rewards={rewards}, values={values}, mask={mask}, gamma={gamma}, lam={lam})"
+        given = [torch.tensor(x) for x in (rewards, values, mask)]
+        self.check(call, ppo.gae(*given, gamma, lam), expected)
+        self.check(f"the inputs after {call}", torch.stack(given), [rewards, values, mask],
+                   "gae must not change its inputs")
+
+
+@exercise(8, "ppo.py", "ppo_loss", "the clipped surrogate", 20,
+    right=["""
+def ppo_loss(new_logp, old_logp, advantages, mask, clip):
+    ratio = new_logp.exp() / old_logp.exp()
+    loss = torch.max(-advantages * ratio, -advantages * torch.clamp(ratio, 1 - clip, 1 + clip))
+    return loss[mask > 0].mean()
+"""],
+    slips={
+        "the larger of the two": ("torch.min", "torch.max"),
+        "the sign": ("return -", "return "),
+        "clipped from above only": ("clamp(1 - clip, 1 + clip)", "clamp(max=1 + clip)"),
+        "never clipped": ("clipped * advantages", "ratio * advantages"),
+        "the ratio upside down": ("new_logp - old_logp", "old_logp - new_logp"),
+        "the gradient is cut": (".exp()", ".exp().detach()"),
+        "padding counts": ("), mask)", "), torch.ones_like(mask))"),
+        "divided by all tokens": ("), mask)", ") * mask, torch.ones_like(mask))")})
+def judge_ppo_loss(self):
+    one = torch.ones(1, 1)
+    for ratio, A, expected in ((1.0, 1.0, -1.0), (1.5, 1.0, -1.2), (1.5, -1.0, 1.5),
+                               (0.5, 1.0, -0.5), (0.5, -1.0, 0.8)):
+        got = ppo.ppo_loss(one * math.log(ratio) - 2, -2 * one, A * one, one, 0.2)
+        self.check(f"ppo_loss at ratio {ratio}, advantage {A}, clip 0.2", got,
+                   torch.tensor(expected), "-min(ratio A, clip(ratio) A)")
+    new = torch.tensor([[1.5, 1, 3], [0.9, 3, 0.5]]).log().requires_grad_()
+    advantages = torch.tensor([[1.0, -1, 100], [4, 100, 100]])
+    mask = torch.tensor([[1.0, 1, 0], [1, 0, 0]])
+    got = ppo.ppo_loss(new, torch.zeros(2, 3), advantages, mask, 0.2)
+    call = (f"ppo_loss at ratios {new.exp().tolist()}, advantages {advantages.tolist()}, mask "
+            f"{mask.tolist()}, clip 0.2")
+    self.check(call, got, torch.tensor(-3.8 / 3), "the mean of -1.2, 1 and -3.6")
+    self.assertTrue(got.requires_grad, f"\n{call} has no gradient; it flows through new_logp")
+    got.backward()
+    self.check(f"the gradient for new_logp of {call}", new.grad, [[0, 1 / 3, 0], [-1.2, 0, 0]],
+               "-ratio A / 3, and 0 where the ratio is clipped or the mask is 0")
 
 
 # ------------------------------------------------------------------ points and hand-out
@@ -459,11 +475,10 @@ COPIED = "analyze.py pretrain.py README.md LICENSE requirements.txt .gitignore .
 
 def judge(exercise, function=None):
     """Run an exercise's test, on another function if one is given -> what failed, "" if nothing."""
-    begin, result = f"test_exercise_{exercise.number:02}_", unittest.TestResult()
-    test = next((x for x in dir(Exercises) if x.startswith(begin)), begin + exercise.function)
     module, name = sys.modules[exercise.file[:-3]], exercise.function
+    test, result = Exercises(f"test_exercise_{exercise.number:02}_{name}"), unittest.TestResult()
     with mock.patch.object(module, name, function or getattr(module, name, None), create=True):
-        quiet(Exercises(test).run, result)
+        quiet(test.run, result)
     return "".join(text for _, text in result.failures + result.errors)
 
 
@@ -481,6 +496,11 @@ def points(as_json):
           f"{score} of {len(tests)} in all")
 
 
+def table_row(exercise):
+    """Its row in the README's table."""
+    return "| {} | {} | `{}` | {} | {} |\n".format(*exercise[:5])
+
+
 def function_node(source, exercise):
     return next(node for node in ast.parse(source).body
                 if getattr(node, "name", None) == exercise.function)
@@ -489,12 +509,13 @@ def function_node(source, exercise):
 def without_solutions(source, numbers):
     """This file's source with these exercises alone, without solutions and what stands below."""
     lines = source.splitlines(keepends=True)
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Exercise":
-            begin, right, end = node.lineno - 1, node.keywords[0].value.lineno - 1, node.end_lineno
-            lines[right:end] = ["        right=[], slips={}),\n"] + [""] * (end - right - 1)
-            if node.args[0].value not in numbers:
-                lines[begin:end] = [""] * (end - begin)
+    for node in ast.parse(source).body:
+        for entry in getattr(node, "decorator_list", ()):  # of a judge
+            begin, right, end = (x - 1 for x in (
+                entry.lineno, entry.keywords[0].value.lineno, entry.end_lineno + 1))
+            lines[right:end] = ["    right=[], slips={})\n"] + [""] * (end - right - 1)
+            if entry.args[0].value not in numbers:
+                lines[begin : node.end_lineno + 2] = [""] * (node.end_lineno + 2 - begin)
     cut = next(i for i, line in enumerate(lines) if line.endswith("= not in the hand-out\n"))
     return "".join(lines[:cut] + lines[lines.index('if __name__ == "__main__":\n') :])
 
@@ -505,9 +526,13 @@ def handout(folder, numbers):
     for name in COPIED:
         path = Path(HERE, name)
         (shutil.copytree if path.is_dir() else shutil.copy)(path, Path(folder, name))
-    sources = {name: read(HERE, name) for name in ["test_all.py", *(x.file for x in EXERCISES)]}
+    files = ["test_all.py", "README.md", *(x.file for x in EXERCISES)]
+    sources = {name: read(HERE, name) for name in files}
     sources["test_all.py"] = without_solutions(sources["test_all.py"], numbers)
-    for x in (x for x in EXERCISES if x.number in numbers):
+    for x in EXERCISES:
+        if x.number not in numbers:  # a solved one
+            sources["README.md"] = sources["README.md"].replace(table_row(x), "")
+            continue
         node, lines = function_node(sources[x.file], x), sources[x.file].splitlines(keepends=True)
         lines[node.body[0].end_lineno : node.end_lineno] = [
             f'    raise NotImplementedError("exercise {x.number}: {x.function}")\n']
@@ -1302,17 +1327,10 @@ def find_solutions(modules):
     return found
 
 
-def exercise_table():
-    """The table of exercises, as the README has it."""
-    head = "| exercise | file | function | what to write | minutes |\n|---|---|---|---|---|\n"
-    return head + "".join(f"| {x.number} | {x.file} | `{x.function}` | {x.text} | {x.minutes} |\n"
-                          for x in EXERCISES)
-
-
 class Solutions(Case):
     def test_the_readme_has_the_table(self):
         self.assertEqual([x.number for x in EXERCISES], list(range(1, len(EXERCISES) + 1)))
-        table = exercise_table()
+        table = "|---|---|---|---|---|\n" + "".join(map(table_row, EXERCISES))
         self.assertTrue(table in read(HERE, "README.md"), "README.md lacks\n" + table)
 
     def test_no_file_names_a_folder_of_this_machine(self):
@@ -1342,13 +1360,16 @@ class Solutions(Case):
         argv = "--checkpoint m.pt --eval_problems 1 --episodes 2 --device cpu".split()
         look = functools.partial(tiny_model(), torch.zeros(2, 9).long())
         write = functools.partial(generate, tiny_model(), [[1]], 5)
-        ways = {"model.attention": [look, torch.no_grad()(look),
-                                    torch.autocast("cpu", torch.bfloat16)(look)],
-                "model.sample": [write, lambda: write(0)]}
-        for name in ("data.answer data.grade model.attention model.sample ppo.certainty "
-                     "ppo.prioritized_kl ppo.gae ppo.ppo_loss").split():
-            with mock.patch(name, side_effect=NotImplementedError):
-                for way in (lambda: quiet(ppo.main, argv), *ways.get(name, [])):
+        ways = dict(attention=[look, torch.no_grad()(look),
+                               torch.autocast("cpu", torch.bfloat16)(look)],
+                    sample=[write, lambda: write(0)])
+        for x in EXERCISES:
+            with contextlib.ExitStack() as patches:
+                for module in (data, model, kl, pretrain, ppo):
+                    if hasattr(module, x.function):
+                        patches.enter_context(mock.patch.object(
+                            module, x.function, side_effect=NotImplementedError))
+                for way in (lambda: quiet(ppo.main, argv), *ways.get(x.function, [])):
                     self.assertRaises(NotImplementedError, way)
 
     def test_the_handout_holds_no_solution(self):
@@ -1382,6 +1403,8 @@ print(len(EXERCISES), sum(len(x.right) + len(x.slips) for x in EXERCISES), find(
         with mock.patch("sys.argv", ["test_all.py", "--handout", "copy", "--only", "5,6"]):
             quiet(main)
             self.fails(lambda _: main(), [], "copy exists")
+        rows = [table_row(x) in read("copy", "README.md") for x in EXERCISES]
+        self.assertEqual(rows, [x.number in (5, 6) for x in EXERCISES])
         save_tiny("copy/tiny.pt")
         got = json.loads(self.python("test_all.py", "--points", "--json", folder="copy"))
         self.assertEqual((got["score"], [x["max_score"] for x in got["tests"]]), (0, [1, 1]))
