@@ -234,15 +234,15 @@ def tokens(args):
     failures among them; mean certainty at that token; relative, the paper's Table 1: certainty on
     all tokens of the class minus that on the answer's other tokens.
     """
-    # 1. One set of answers. Certainties beside greedy answers are those at temperature 1.
+    # 1. One set of greedy answers.
     model, facts = load_checkpoint(args.checkpoint, get_device(args.device))
-    n, long, temperature = facts["digits"], facts["digits"] + args.extra_digits, args.temperature
+    n, long = facts["digits"], facts["digits"] + args.extra_digits
     if data.max_length(long, facts["task"]) > model.config.block_size:
         stop(f"{args.checkpoint} has no positions for {long} digits; give fewer --extra_digits")
     pairs = pretrain.sample_problems(args.problems, long, "varying", 1, facts["task"])
-    correct, texts = pretrain.solve(model, pairs, temperature)
+    correct, texts = pretrain.solve(model, pairs)
     solutions = [data.prompt(a, b) + data.answer(a, b) for a, b in pairs]
-    read_both = [read_texts(model, x, temperature or 1.0) for x in (texts, solutions)]
+    read_both = [read_texts(model, x, args.temperature) for x in (texts, solutions)]
 
     # 2. What the model wrote, up to the first error, and what it thinks of the right answer.
     classes = {name: dict(answers=0, failures=0, certainty=[], relative=[]) for name in CLASSES}
@@ -275,12 +275,12 @@ def tokens(args):
             for place, x in sorted(places.items())]
     means = {name: x | {key: float(np.mean(x[key])) if x[key] else None
                         for key in ("certainty", "relative")} for name, x in classes.items()}
-    contents = dict(digits=n, extra_digits=args.extra_digits, temperature=temperature,
+    contents = dict(digits=n, extra_digits=args.extra_digits, temperature=args.temperature,
                     problems=len(pairs), right=int(correct.sum()), classes=means)
     (args.out / "tokens.json").write_text(json.dumps(contents, indent=1))
     print(in_colour(text, sure) if sys.stdout.isatty() else text)
-    print(f"{correct.sum()} of {len(pairs)} problems of {long} digits right, at temperature "
-          f"{temperature:g}\n\nWhere answers first go wrong (closed early: at a critical token)\n"
+    print(f"{correct.sum()} of {len(pairs)} problems of {long} digits right, greedy\n\n"
+          "Where answers first go wrong (closed early: at a critical token)\n"
           f"{class_table(classes)}\n\nEvery place, fed the right answers\n"
           f"{table(['place', 'class', 'tokens', 'certainty', 'wrong', 'nats'], *rows)}")
 
@@ -425,8 +425,12 @@ def pretrained(args):
         x = {key: [model[name][key] for model in models if model[name][key] is not None]
              for key in models[0][name]}
         classes[name] = x | dict(answers=sum(x["answers"]), failures=sum(x["failures"]))
+    solved = [[run.folder.name, *(f"{100 * x:.1f}" for x in run.accuracies["after"].values())]
+              for run in runs]
     save_figure(draw_curves(by_setting(runs), "all"), args.out, "pretrained.png")
-    return f"\nModels: {len(runs)}.\n\n{class_table(classes)}\n\n![pretrained](pretrained.png)\n"
+    return (f"\nModels: {len(runs)}.\n\n{class_table(classes)}\n\n% solved by each of them:\n\n"
+            f"{table(['model', *runs[0].accuracies['after']], *solved)}\n\n"
+            "![pretrained](pretrained.png)\n")
 
 
 def report(args):
@@ -470,7 +474,7 @@ def main(argv=None):
     add("checkpoint", help="a model.pt of pretrain.py or ppo.py")
     add("--problems", type=int, default=200, help="held-out problems to solve")
     add("--extra_digits", type=int, default=1, help="k: problems of N+k digits")
-    add("--temperature", type=float, default=0.0, help="of the answers; 0 = greedy")
+    add("--temperature", type=float, default=2.0, help="of the certainties; 2 as in ppo.py")
     add("--show", type=int, default=3, help="answers to show, failures first")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest")
     add = verbs.choices["curves"].add_argument
@@ -479,7 +483,8 @@ def main(argv=None):
     args = ap.parse_args(argv)
     if args.run == tokens:
         pretrain.check_range(ap, args, 1, "problems", "show")
-        pretrain.check_range(ap, args, 0, "extra_digits", "temperature")
+        pretrain.check_range(ap, args, 0, "extra_digits")
+        pretrain.check_range(ap, args, 0.001, "temperature")
     try:
         args.run(args)
     except OSError as error:

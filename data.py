@@ -88,10 +88,7 @@ def grade(text, a, b):
 def first_error(text, a, b):
     """Index of the first character that is not that of the right prompt + answer, or None."""
     right = prompt(a, b) + answer(a, b)
-    for i, wanted in enumerate(right):
-        if text[i : i + 1] != wanted:
-            return i
-    return None
+    return next((i for i, wanted in enumerate(right) if text[i : i + 1] != wanted), None)
 
 
 def place(a, b, index):
@@ -187,7 +184,7 @@ def sample_pair(rng, n_digits, mode, extra_digits=1, test=False, task="add"):
             first = n_digits + extra_digits
             if rng.random() < 0.5:
                 second = rng.integers(n_digits + 1, first + 1)
-        a, b = _number(rng, int(first)), _number(rng, int(second))
+        a, b = _number(rng, first), _number(rng, second)
         if mode in ("varying", "rl") and rng.random() < 0.5:
             a, b = b, a
         if task == "subtract":

@@ -58,7 +58,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # the new keys and values fill its last T places
             cache[0, :, :, -T:], cache[1, :, :, -T:] = k, v
             k, v = cache
-        with torch.autocast(x.device.type, enabled=False):  # else it takes the softmax to float32
+        with torch.autocast(x.device.type, enabled=False):  # it would compute softmax in float32
             y = attention(q, k, v, mask.to(q.dtype))
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -137,7 +137,7 @@ class GPT(nn.Module):
 
 # ------------------------------------------------------------------ reading and writing text
 def split_actions(ids, prompt_len, lengths):
-    """The one place where tokens are shifted: the action in state ids[:, :t+1] is ids[:, t+1].
+    """Texts as states and actions: the action in state ids[:, :t+1] is the next token, ids[:, t+1].
 
     ids (B, T), prompt_len (B,), lengths (B,) -> states, actions, mask (B, T-1); mask 1.0 where the
     action is the answer's, 0.0 at prompt and padding.
@@ -198,7 +198,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     rows = (~complete).nonzero()[:, 0]  # the rows that have not ended
     shape = (config.n_layer, 2, len(rows), config.n_head, T, config.n_embd // config.n_head)
     cache = torch.zeros(shape, device=device)
-    start, pos = 0, min(map(len, prompts))  # tokens in the cache; tokens that all rows have
+    start, pos = 0, min(map(len, prompts))  # tokens in the cache; tokens of the shortest prompt
     while len(rows) and pos < T:
         logits, _ = model(ids[rows, start:pos], cache=cache[..., :pos, :])
         token = sample(logits[:, -1], temperature, generator)
@@ -269,10 +269,10 @@ def save_checkpoint(path, model, dtype, **facts):
 
 
 def load_checkpoint(path, device):
-    """-> (model in eval mode and float32, dict of all that was saved)."""
+    """-> (model, in float32; dict of all that was saved)."""
     facts = load(path)
     if not isinstance(facts, dict) or facts.get("vocab") != VOCAB:
         stop(f"{path} is not a model.pt of pretrain.py or ppo.py with the vocabulary of data.py")
     model = GPT(GPTConfig(**facts["config"]))
     model.load_state_dict(facts["model"])
-    return model.to(device).eval(), facts
+    return model.to(device), facts

@@ -131,7 +131,7 @@ def rollout(policy, value_head, reference, pairs, args, generator):
         weight[mask > 0] = answer[order]
     elif args.kl_weight == "mask":  # a control: none at all where the reference is not sure
         weight = weight * (sure >= 0.9)
-    elif args.kl_weight == "oracle":  # a control: free exactly the tokens known to be critical
+    elif args.kl_weight == "oracle":  # a control: free critical tokens and copied digits alone
         weight = 1 - known_critical(texts, pairs, args.digits, mask)
     return dict(states=states, actions=actions, mask=mask, lengths=lengths - 1, success=success,
                 old_logp=token_logp(logits, actions), ref_logp=token_logp(ref_logits, actions),
@@ -175,7 +175,7 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
                 # policy's: each counts as often as the policy would take it now.
                 ratio = ((new_logp.detach() - b["old_logp"]) * b["mask"]).exp()
                 penalty = ratio * prioritized_kl(new_logp, b["ref_logp"], b["weight"])
-                # Detached: guesses made 400 tokens before the reward would disturb the trunk.
+                # Detached: guesses 400 tokens before the reward would disturb the policy's weights.
                 value_loss = (value_head(hidden.detach()) - b["returns"]) ** 2 / 2
                 loss = ppo_loss(new_logp, b["old_logp"], b["advantages"], b["mask"], args.clip)
                 loss = loss + masked_mean(args.kl_coef * penalty - args.entropy_coef * entropy
@@ -218,7 +218,7 @@ def watch_critical(model, pairs, n_digits, temperature):
                 found[f"p_l{line}o{operand}"].append(p[i][index - 1])
         found["p_copied"] += [p[i][index - 1]
                               for index in data.copied_positions(a, b, n_digits).values()]
-    return {name: float(np.mean(x)) for name, x in found.items() if x}
+    return {name: np.mean(x) for name, x in found.items() if x}
 
 
 def evaluate(policy, problems, old_problems, temperature):
@@ -226,17 +226,16 @@ def evaluate(policy, problems, old_problems, temperature):
     cross-entropy on right answers of 1..N digits: forgetting shows there first.
     """
     correct, _ = solve(policy, [pair for pairs in problems.values() for pair in pairs])
-    row = {name: float(x.mean()) for name, x in zip(problems, np.split(correct, len(problems)))}
-    row["n_sampled"] = float(solve(policy, problems["n_identical"], temperature)[0].mean())
+    row = {name: x.mean() for name, x in zip(problems, np.split(correct, len(problems)))}
+    row["n_sampled"] = solve(policy, problems["n_identical"], temperature)[0].mean()
     with torch.no_grad():
         loss = answer_loss(policy, *to_batch(old_problems, policy.lm_head.weight.device))
     return row | dict(n_nats=loss.item())
 
 
 def explain(batch, pairs, args):
-    """Print an answer token by token: a right one if there is any, whose critical token costs most.
-
-    And for its two costliest critical tokens, the reference's choices and the certainty.
+    """Print where the penalty of an answer stands: a right one, if any, with a large k2 at a
+    critical token. And the reference's choices and certainty at its two critical tokens of most k2.
     """
     texts = [data.decode([state[0], *actions[:n]]) for state, actions, n in zip(
         batch["states"].tolist(), batch["actions"].tolist(), batch["lengths"].tolist())]
@@ -293,8 +292,8 @@ def parse_args(argv):
     add("--kl_coef", type=float, default=0.1, help="coefficient of the KL penalty; 0 = no penalty")
     add("--kl_weight", choices=("certainty", "matched", "shuffled", "mask", "oracle"),
         default="certainty", help="weight of a token's penalty: certainty^alpha, or a control: its "
-        "mean everywhere; dealt out at random; 0 where the certainty is below 0.9; 0 at the known "
-        "critical tokens, else 1")
+        "mean everywhere; dealt out at random; 0 where the certainty is below 0.9; 0 at critical "
+        "tokens and copied digits, else 1")
     add = ap.add_argument_group("PPO").add_argument
     add("--extra_digits", type=int, default=1, help="k: fine-tune on N+k digits")
     add("--iterations", type=int, default=20, help="of rollout and update")
@@ -324,6 +323,8 @@ def parse_args(argv):
     check_range(ap, args, 1, "extra_digits", "episodes", "epochs", "minibatches", "eval_every",
                 "eval_problems", "final_problems")
     check_range(ap, args, 0.001, "temperature")
+    if args.explain and args.fresh:
+        ap.error("--explain shows the run as it stands; leave out --fresh")
     if args.minibatches > args.episodes:
         ap.error(f"{args.minibatches} minibatches of {args.episodes} episodes; lower --minibatches")
     if args.checkpoint == SHIPPED:

@@ -26,7 +26,7 @@ from model import (GPT, GPTConfig, PRESETS, autocast, generate, get_device, load
 
 # ------------------------------------------------------------------ batches, loss, optimizers
 def to_batch(pairs, device):
-    """Worked problems -> ids (B, T) padded with 0, prompt_len (B,), lengths (B,)."""
+    """Worked problems -> ids (B, T), prompt_len (B,), lengths (B,); 0 after a row's end."""
     prompts = [data.prompt(a, b) for a, b in pairs]
     texts = [prompt + data.answer(a, b) for prompt, (a, b) in zip(prompts, pairs)]
     ids = pad_sequence([torch.tensor(data.encode(text)) for text in texts], batch_first=True)
@@ -38,9 +38,9 @@ def pretrain_batches(n_digits, batch_size, block_size, seed, device, task="add",
     """Endless batches (ids, prompt_len, lengths, offset) of worked problems, from batch `start` on.
 
     64 batches' problems are drawn at once, sorted by length, cut into batches and shuffled, so a
-    batch holds little padding. offset (B, 1) is the row's place in the block. Half of the rows start
+    batch holds little padding. offset (B, 1): the row's place in the block. Half of the rows start
     at 0, as in every test; the others anywhere, so that all positions are trained. (If all rows
-    start anywhere, N+1 digits are learned along with N.)
+    start anywhere, N+1 digits are learned along with N, and nothing is left to RL.)
     """
     for pool in itertools.count(start // 64):
         rng = np.random.default_rng([seed, pool])
@@ -49,12 +49,11 @@ def pretrain_batches(n_digits, batch_size, block_size, seed, device, task="add",
         pairs.sort(key=lambda pair: len(str(max(pair))))
         order = rng.permutation(64)
         places = np.maximum(0, rng.uniform(-1, 1, (64, batch_size, 1)))
-        for i in range(64):
-            if 64 * pool + i >= start:
-                batch = pairs[order[i] * batch_size :][:batch_size]
-                ids, prompt_len, lengths = to_batch(batch, device)
-                offset = (places[i] * (block_size - ids.shape[1] + 1)).astype(int)
-                yield ids, prompt_len, lengths, torch.from_numpy(offset).to(device)
+        for i in range(max(0, start - 64 * pool), 64):
+            batch = pairs[order[i] * batch_size :][:batch_size]
+            ids, prompt_len, lengths = to_batch(batch, device)
+            offset = (places[i] * (block_size - ids.shape[1] + 1)).astype(int)
+            yield ids, prompt_len, lengths, torch.from_numpy(offset).to(device)
 
 
 def answer_loss(model, ids, prompt_len, lengths, offset=0):
@@ -124,17 +123,17 @@ def sample_problems(n, n_digits, mode, seed, task="add", extra_digits=1):
 
 
 def read_ahead(model, pairs, temperature, generator):
-    """The first part of the model's answers, found in one pass -> a list of ids for each problem.
+    """The first part of the model's answers, in one pass instead of many -> lists of ids.
 
     The model reads the right answers and samples a token after each of their tokens. Up to and with
     the first that differs, that is what it would have written token by token (up to rounding): each
-    was drawn after the same text.
+    was drawn after the same text. Of a right answer nothing is left to write.
     """
     ids, prompt_len, lengths = to_batch(pairs, model.lm_head.weight.device)
     tokens = sample(read(model, ids, lengths)[0], temperature, generator)  # (B, T)
     _, right, mask = split_actions(ids, prompt_len, lengths)
-    same = ((tokens[:, :-1] == right) | (mask == 0)).cumprod(1).sum(1)  # (B,) actions before it
-    n_known = torch.minimum(same + 2, lengths)  # the prompt, what is right, the first that differs
+    same = ((tokens[:, :-1] == right) | (mask == 0)).cumprod(1)  # (B, T-1): 1 before it, then 0
+    n_known = torch.minimum(same.sum(1) + 2, lengths)  # and the first token, and what differs
     ids = torch.cat([ids[:, :1], torch.where(mask > 0, tokens[:, :-1], right)], 1)
     return [row[:n] for row, n in zip(ids.tolist(), n_known.tolist())]
 
@@ -251,7 +250,6 @@ def main(argv=None):
     with torch.no_grad():
         for p in model.parameters():  # saved in bfloat16, half the size: measure what is saved
             p.copy_(p.bfloat16())
-    model.eval()
     table, failures = accuracy_table(model, range(args.digits, long + 1), args.eval_problems,
                                      args.task)
     save_checkpoint(run.path("model.pt"), model, torch.bfloat16, digits=args.digits,
@@ -286,7 +284,7 @@ def check_range(ap, args, low, *names):
             ap.error(f"--{name} must be {low} or more, not {getattr(args, name)}")
 
 
-NOT_SETTINGS = ("checkpoint", "device", "out", "fresh", "explain")  # instead: "pretrained"
+NOT_SETTINGS = ("checkpoint", "device", "out", "fresh", "explain")  # they change no result
 
 
 def default_folder(ap, args, prefix, unnamed):
@@ -348,7 +346,7 @@ class Run:
         return os.path.join(self.folder, name)
 
     def log(self, step, row, last):
-        """Add a row to log.csv. Every 30 seconds, and at the last step, save the state, too."""
+        """Add a row to log.csv. With the last row, or after 30 seconds, save the state, too."""
         seconds = self.earlier + time.time() - self.started
         row = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
         self.rows.append(row | dict(seconds=f"{seconds:.1f}"))
