@@ -355,6 +355,8 @@ def main(argv=None):
                                   dict(params=value_head.parameters(), lr=args.value_lr)])
     run = Run(args, COLUMNS, policy=policy, value_head=value_head, optimizer=optimizer)
     if args.explain:
+        if not run.rows:
+            print(f"no run in {args.out}: the policy is still the reference, and k2 is 0")
         pairs, generator = draw_problems(args, len(run.rows) or 1, device)
         return explain(rollout(policy, value_head, reference, pairs, args, generator), pairs, args)
     if run.finished:
@@ -404,7 +406,8 @@ def main(argv=None):
     save_checkpoint(run.path("model.pt"), policy, torch.float32, digits=n, task=args.task,
                     preset=args.preset, seed=facts["seed"], settings=run.settings,
                     accuracies=table)
-    print_table(table, f"after {args.iterations * args.episodes:,} episodes")
+    print_table(table, f"after {args.iterations * args.episodes:,} episodes, {args.final_problems} "
+                       "problems per cell")
     run.finish(before=facts["accuracies"], after=table)
     print(f"the learning curves: python analyze.py curves {args.out}")
 

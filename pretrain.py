@@ -255,7 +255,7 @@ def main(argv=None):
     save_checkpoint(run.path("model.pt"), model, torch.bfloat16, digits=args.digits,
                     task=args.task, preset=args.preset, seed=args.seed, settings=run.settings,
                     accuracies=table)
-    print_table(table, f"{args.eval_problems} problems a cell")
+    print_table(table, f"{args.eval_problems} problems per cell")
     print("\nthree failures, at their first wrong character")
     for text, a, b in failures[:: max(1, len(failures) // 3)][:3]:
         print(f"  {a}{b:+}: {data.describe_error(text, a, b)}")

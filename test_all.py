@@ -162,10 +162,11 @@ Target:
 
 
 # ------------------------------------------------------------------ the exercises
-# A new exercise is its function's docstring and an entry here: this decorator on its judge, which
-# becomes the test Exercises.test_exercise_<number>_<function>. `right`: solutions other than ours.
-# `slips`: changes of ours (old, new, old, new, ...) that make it wrong, or wrong functions; the
-# judge must refuse each and each pair. The hand-out has neither `right` nor `slips`.
+# A new exercise is its function's docstring and an entry at the end of this part: this decorator on
+# its judge, which becomes the test Exercises.test_exercise_<number>_<function>. The judge calls the
+# function with positional arguments. `right`: solutions other than ours. `slips`: changes of ours
+# that make it wrong (old, new, old, new, ...; each old text everywhere), or wrong functions. The
+# judge must refuse each slip and each pair that can be combined. The hand-out has neither.
 Exercise = namedtuple("Exercise", "number file function text minutes right slips")
 EXERCISES = []
 
@@ -203,6 +204,8 @@ class Exercises(unittest.TestCase):
             i = next(i for i in range(len(got + expected)) if got[i : i + 1] != expected[i : i + 1])
             hint = (f"The first difference, at character {i}: {expected[i : i + 12]!r} became "
                     f"{got[i : i + 12]!r}")
+        if got is None:
+            hint = "Is the return missing?"
         expected, got = (x.tolist() if torch.is_tensor(x) else x for x in (expected, got))
         if not right:
             self.fail(f"\n{call}\nshould be {expected}\nbut is    {got}\n{hint}")
@@ -355,9 +358,9 @@ def judge_certainty(self):
                torch.Size([2, 3]), "sum over the last axis, the vocabulary")
     other = mild.clone()
     other[1:], other[:, 1:] = other[1:] + mild[0, 1], mild[0, 2]
-    self.check(f"{call} at [0, 0], with other logits at other places",
-               kl.certainty(other)[0, 0], kl.certainty(mild)[0, 0], "wrong axis: probabilities "
-               "add up to 1 over the last axis, the vocabulary, at each place on its own")
+    if not torch.allclose(kl.certainty(mild)[0, 0], kl.certainty(other)[0, 0], atol=1e-5):
+        self.fail(f"\n{call}: at [0, 0] it changes with the logits at other places. Probabilities add "
+                  "up to 1 over the last axis, the vocabulary, at each place on its own")
     p = [0.5, 0.25, 0.125, 0.125]  # H = 7/4 log 2, H_max = 2 log 2
     self.check(f"certainty(log({p}))", kl.certainty(torch.tensor([[p, p]]).log()),
                [[0.125, 0.125]], "1 - 1.75 log 2 / log 4", tolerance=1e-6)
@@ -387,10 +390,12 @@ def judge_prioritized_kl(self):
                           [[0.5, 1, 0], [1, 0.25, 0.75]]])
     call = "prioritized_kl(logp={}, ref_logp={}, weight={})".format(*given.tolist())
     logp, before = given[0].clone().requires_grad_(), given.clone()
-    got = kl.prioritized_kl(logp, given[1], given[2])
+    passed = logp * 1
+    got = kl.prioritized_kl(passed, given[1], given[2])
     self.check(call, got, [[2.25, 4.5, 0], [0, 0.5, 3.375]], "weight * k2 of each token on its "
                "own; the first is 1/2 * (-1 + 4)^2 / 2")
-    self.check(f"the inputs after {call}", given, before, "they must not be changed")
+    self.check(f"the inputs after {call}", torch.stack([passed, *given[1:]]), before,
+               "they must not be changed")
     self.assertTrue(got.requires_grad, f"\n{call} has no gradient; it flows through logp")
     got.sum().backward()
     self.check(f"the gradient for logp of {call}", logp.grad, [[1.5, -3, 0], [0, -0.5, 2.25]])
@@ -529,6 +534,7 @@ def handout(folder, numbers):
     files = ["test_all.py", "README.md", *(x.file for x in EXERCISES)]
     sources = {name: read(HERE, name) for name in files}
     sources["test_all.py"] = without_solutions(sources["test_all.py"], numbers)
+    sources["README.md"] = re.sub("For teachers: .*?\n\n", "", sources["README.md"], flags=re.S)
     for x in EXERCISES:
         if x.number not in numbers:  # a solved one
             sources["README.md"] = sources["README.md"].replace(table_row(x), "")
@@ -567,7 +573,7 @@ def main():
         if os.path.exists(args.handout):
             ap.error(f"{args.handout} exists; give --handout a new folder")
         return handout(args.handout, chosen)
-    for x in EXERCISES:
+    for x in EXERCISES if not rest else ():
         if "NotImplementedError: exercise" in judge(x):
             print(f"exercise {x.number} is open: {x.function} in {x.file}. What needs it is "
                   f"skipped. Its judge: python test_all.py -k exercise_{x.number:02}")
@@ -1240,7 +1246,9 @@ class Analyze(Case):
         """Alpha 0 and 3 from three models: identical N+1 is 20, 30, 40% and 10, 20, 30 higher: 30,
         50 and 20 +- 4.303 * 10 / sqrt(3). Of 8 choices of signs +++ and --- reach 60: p = 1/4."""
         args = argparse.Namespace(out="runs/pretrained/m0", digits=5, seed=0, fresh=False)
-        pretrain.Run(args, ["step", "loss", "seconds"]).log(1, dict(step=1, loss=0.5), last=True)
+        run = pretrain.Run(args, ["step", "loss", "seconds"])
+        run.log(1, dict(step=1, loss=0.5), last=True)
+        quiet(functools.partial(run.finish, after={"identical 5": 1, "identical 6": 0.25}))
         one = dict(answers=3, failures=2, certainty=0, relative=0)
         classes = dict.fromkeys(analyze.CLASSES, one)
         pretrain.write_text("runs/pretrained/m0/tokens.json", json.dumps(dict(classes=classes)))
@@ -1311,7 +1319,8 @@ def find_solutions(modules):
                               for method in vars(f) if inspect.isroutine(getattr(f, method))}
     for x in EXERCISES:
         calls, right = [], function_from(x, solution(x))
-        judge(x, lambda *args: calls.append(copy.deepcopy(args)) or right(*args))
+        judge(x, lambda *args: calls.append([torch.clone(arg).detach() if torch.is_tensor(arg)
+                                             else arg for arg in args]) or right(*args))
         expected, orders = right(*copy.deepcopy(calls[0])), list(
             itertools.permutations(range(len(calls[0]))))
         for name, f in functions.items():
@@ -1345,10 +1354,12 @@ class Solutions(Case):
             for source in x.right:
                 self.assertEqual(judge(x, function_from(x, source)), "", source)
             wrong = slipped(x)
-            self.assertLessEqual(set(x.slips), set(wrong), f"each slip changes {x.function}")
+            self.assertEqual(set(x.slips) - set(wrong), set(), f"these do not change {x.function}")
             for name, source in wrong.items():
-                message = judge(x, function_from(x, source))
-                self.assertIn(x.function, message, f"{x.function} passes with a slip: {name}")
+                with self.subTest(f"a slip in {x.function}: {name}"):
+                    message = judge(x, function_from(x, source))
+                    self.assertIn("Error", message)
+                    self.assertNotRegex(message, "(Name|Syntax)Error", "the slip itself is wrong")
                 message = message.rpartition("AssertionError:")[2]
                 if x.function == "certainty" and name in x.slips:
                     self.assertEqual("0 log 0 gives nan" in message, name == "0 log 0")
@@ -1396,7 +1407,8 @@ print(len(EXERCISES), sum(len(x.right) + len(x.slips) for x in EXERCISES), find(
                               text=True)
         for x in EXERCISES:
             self.assertIn(f"exercise {x.number} is open: {x.function} in {x.file}.", done.stdout)
-        self.assertRegex(done.stderr, rf"FAILED \(errors={len(EXERCISES)}, skipped=\d+\)")
+        failed = re.findall(r"^(?:ERROR|FAIL): (\w+)", done.stderr, re.M)
+        self.assertEqual(failed, [name for name in dir(Exercises) if name.startswith("test_ex")])
 
     def test_from_a_handout_to_a_fine_tuned_model(self):
         """Exercises 5 and 6 alone: no points, then both, and then the student's ppo.py runs."""
