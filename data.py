@@ -76,9 +76,9 @@ def is_complete(text):
 
 
 def grade(text, a, b):
-    """True if the line after "</scratch>" is a + b: grade("...</scratch>\\n3 9 5\\n", 367, 28).
+    """True if the line after "</scratch>" is a + b, its digits separated by single spaces.
 
-    The digits are separated by single spaces. What stands before that line is not graded.
+    grade("...</scratch>\\n3 9 5\\n", 367, 28) is True, whatever stands before it.
     """
     result, line_break, _ = text.partition("</scratch>\n")[2].partition("\n")
     return line_break == "\n" and result == " ".join(str(a + b))
@@ -109,8 +109,8 @@ def describe_error(text, a, b):
     index = first_error(text, a, b)
     if index is None:
         return "no error"
-    right = prompt(a, b) + answer(a, b)
-    return f"{place(a, b, index)}: wrote {text[index : index + 1]!r} for {right[index]!r}"
+    wanted = (prompt(a, b) + answer(a, b))[index]
+    return f"{place(a, b, index)}: wrote {text[index : index + 1]!r} for {wanted!r}"
 
 
 def critical_positions(a, b, n_digits):
@@ -118,9 +118,9 @@ def critical_positions(a, b, n_digits):
 
     An operand g digits longer than n_digits has them in lines 1, 2 and 3: the last 2g tokens before
     its list's closing bracket (a comma and a digit, g times), fewer where the list is shorter.
-    Returns {(line, operand, name): index into prompt + answer}; name is "comma1" and "digit1" for
-    the pair next to the bracket, "comma2" and "digit2" for the pair before it, and so on.
-    n_digits = 2, 367+28, line 1: the ',7' in '[3,6,7]' are (1, 1, "comma1"), (1, 1, "digit1").
+    Returns {(line, operand, name): index into prompt + answer}; "comma1" and "digit1" stand next to
+    the bracket, "comma2" and "digit2" before them. n_digits = 2, 367+28: the ',7' of '[3,6,7]' in
+    line 1 are (1, 1, "comma1") and (1, 1, "digit1").
     """
     text, positions = prompt(a, b) + answer(a, b), {}
     bracket = text.index("<scratch>")
@@ -170,8 +170,7 @@ def sample_pair(rng, n_digits, mode, extra_digits=1, test=False, task="add"):
          "varying":   one operand (either) has n_digits digits, the other 1..n_digits
          "rl":        one operand (either) has n_digits + extra_digits digits; the other's length is
                       uniform in 1..n_digits half of the time, else in the longer ones
-    test: draw from the held-out problems, else from all others.
-    In the task "subtract" the larger number comes first.
+    test: draw a held-out problem, else one of the others. In "subtract" the larger number is first.
     """
     while True:
         first = n_digits

@@ -102,10 +102,9 @@ class GPT(nn.Module):
         # less for projections into the residual stream; biases 0.
         std = 0.02 * (768 / config.n_embd) ** 0.5
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=std / (2 * config.n_layer) ** 0.5, generator=generator)
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=std, generator=generator)
+            if p.dim() == 2:
+                less = (2 * config.n_layer) ** 0.5 if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(p, std=std / less, generator=generator)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         # The learned positions start as sinusoids (Vaswani et al. 2017): near positions look alike,
@@ -148,9 +147,9 @@ def split_actions(ids, prompt_len, lengths):
 
 
 def slices(rows, lengths):
-    """Rows of like length, as many as fit a CPU's cache or a GPU's memory -> [(row numbers, T)].
+    """-> [(numbers of rows of like length, the first T tokens that they need)].
 
-    They need only their first T tokens, a multiple of 32: a CPU keeps kernels for each shape.
+    As many rows as fit a CPU's cache or a GPU's memory. T is a multiple of 32: few shapes.
     """
     parts = rows[lengths[rows].argsort(stable=True)].split(8 if rows.device.type == "cpu" else 64)
     return [(part, math.ceil(int(lengths[part].max()) / 32) * 32) for part in parts]

@@ -1,11 +1,10 @@
 """Fine-tune a pre-trained model with PPO on longer additions.  Run: python ppo.py --alpha 3
 
-The task as a Markov decision process: the state is the text so far, an action the next character,
-an episode one answer. The reward is 1 at the last action if the result is right, else 0. The
-prioritized KL penalty of kl.py holds the policy near the pre-trained model, the reference.
+The state is the text so far, an action the next character, an episode one answer. The reward is 1
+at the last action if the result is right, else 0. The prioritized KL penalty of kl.py holds the
+policy near the pre-trained model, the reference.
 
-B sequences, T actions, V vocabulary. Every (B, T) tensor is aligned to the actions: see
-model.split_actions.
+B sequences, T actions, V vocabulary. Every (B, T) tensor is aligned to the actions.
 """
 import argparse
 import copy
@@ -77,7 +76,7 @@ def ppo_loss(new_logp, old_logp, advantages, mask, clip):
 
     Mean over the mask of -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), ratio = pi_new / pi_old:
     ratio 1.5, A = 1 and clip 0.2 give -1.2. With one epoch of one minibatch the ratio is always 1,
-    and the gradient is that of -A log pi_new: PPO is then A2C, the paper's algorithm.
+    and the gradient that of -A log pi_new: PPO is then A2C, the paper's algorithm.
     """
     ratio = ((new_logp - old_logp) * mask).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -234,8 +233,8 @@ def evaluate(policy, problems, old_problems, temperature):
 
 
 def explain(batch, pairs, args):
-    """Print where the penalty of an answer stands: a right one, if any, with a large k2 at a
-    critical token. And the reference's choices and certainty at its two critical tokens of most k2.
+    """Print the penalty of an answer, token by token: a right one, if any, with a large k2 at a
+    critical token. And the reference's choices at its two critical tokens with the largest k2.
     """
     texts = [data.decode([state[0], *actions[:n]]) for state, actions, n in zip(
         batch["states"].tolist(), batch["actions"].tolist(), batch["lengths"].tolist())]

@@ -359,8 +359,8 @@ def judge_certainty(self):
     other = mild.clone()
     other[1:], other[:, 1:] = other[1:] + mild[0, 1], mild[0, 2]
     if not torch.allclose(kl.certainty(mild)[0, 0], kl.certainty(other)[0, 0], atol=1e-5):
-        self.fail(f"\n{call}: at [0, 0] it changes with the logits at other places. Probabilities add "
-                  "up to 1 over the last axis, the vocabulary, at each place on its own")
+        self.fail(f"\n{call}: at [0, 0] it changes with the logits at other places. Probabilities "
+                  "add up to 1 over the last axis, the vocabulary, at each place on its own")
     p = [0.5, 0.25, 0.125, 0.125]  # H = 7/4 log 2, H_max = 2 log 2
     self.check(f"certainty(log({p}))", kl.certainty(torch.tensor([[p, p]]).log()),
                [[0.125, 0.125]], "1 - 1.75 log 2 / log 4", tolerance=1e-6)
