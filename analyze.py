@@ -206,7 +206,7 @@ def in_colour(text, certainties):
 
 def draw_tokens(text, certainties):
     """The same as a picture (the paper's Figure 5)."""
-    lines, i = text.split("\n"), 0
+    lines, i = text.rstrip().split("\n"), 0
     grid = np.ones((len(lines), max(map(len, lines))))
     figure, axis = plt.subplots(figsize=(0.085 * grid.shape[1] + 1, 0.17 * len(lines)))  # inches
     for row, line in enumerate(lines):
