@@ -1139,6 +1139,7 @@ class Scripts(Case):
                  "episodes=0 minibatches=65 epochs=0 kl_weight=random iterations=-1 digits=5")):
             for option in options.split():
                 self.fails(script.main, [f"--{option}"], option.split("=")[0])
+        self.fails(ppo.main, ["--explain", "--fresh"], "leave out --fresh")
         self.assertEqual(os.listdir(), ["p"], "nothing was written")
         with open("file", "w"):
             self.fails(pretrain.main, [*PRETRAIN, "--out", "file/run"], "cannot write to file/run")
