@@ -233,8 +233,8 @@ def evaluate(policy, problems, old_problems, temperature):
 
 
 def explain(batch, pairs, args):
-    """Print the penalty of an answer, token by token: a right one, if any, with a large k2 at a
-    critical token. And the reference's choices at its two critical tokens with the largest k2.
+    """Print the penalty of an answer, token by token: a right one, if any, in which the weight frees
+    a critical token most. And the reference's choices at two of these tokens.
     """
     texts = [data.decode([state[0], *actions[:n]]) for state, actions, n in zip(
         batch["states"].tolist(), batch["actions"].tolist(), batch["lengths"].tolist())]
@@ -243,8 +243,8 @@ def explain(batch, pairs, args):
     k2 = prioritized_kl(batch["old_logp"], batch["ref_logp"], 1)
     penalty = batch["weight"] * k2
     # Before the first update k2 is 0 everywhere: then the least certain critical token is shown.
-    cost = (k2 + 1e-6 * (1 - sure)) * critical * (batch["success"][:, None] + 1e-6)
-    i = int(cost.amax(1).argmax())
+    freed = ((1 - batch["weight"]) * k2 + 1e-6 * (1 - sure)) * critical
+    i = int((freed.amax(1) * (batch["success"] + 1e-6)).argmax())
     (a, b), text = pairs[i], texts[i]
     normalized = normalize(batch["advantages"], batch["mask"])
     loss = -normalized + args.kl_coef * penalty  # ratio 1; without entropy bonus and critic
@@ -263,7 +263,7 @@ def explain(batch, pairs, args):
               f"{batch['ref_logp'][i, t]:8.4f} {batch['old_logp'][i, t]:7.4f} {k2[i, t]:6.3f} "
               f"{sure[i, t]:9.4f} {batch['weight'][i, t]:6.3f} {penalty[i, t]:7.4f} "
               f"{normalized[i, t]:9.3f} {loss[i, t]:7.3f}")
-    for at in cost[i].topk(2).indices.tolist():
+    for at in freed[i].topk(2).indices.tolist():
         logits = batch["ref_logits"][i, at]
         probs = F.softmax(logits, -1)
         print(f"\nthe reference at {data.place(a, b, at + 1)} (written: {text[at + 1]!r})\n"

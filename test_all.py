@@ -39,9 +39,10 @@ from torch.overrides import TorchFunctionMode
 
 BROKEN = ""  # the error of a student's file that cannot be imported
 try:
-    import data, model, kl, pretrain, ppo, analyze  # noqa: E401
-    from model import GPT, GPTConfig, generate
-except Exception:
+    with contextlib.redirect_stdout(sys.stderr):  # what a student's file prints
+        import data, model, kl, pretrain, ppo, analyze  # noqa: E401
+        from model import GPT, GPTConfig, generate
+except (Exception, SystemExit):
     BROKEN = traceback.format_exc()
     if "--points" not in sys.argv:  # which ends well, whatever the score
         raise
@@ -166,7 +167,8 @@ Target:
 # its judge, which becomes the test Exercises.test_exercise_<number>_<function>. The judge calls the
 # function with positional arguments. `right`: solutions other than ours. `slips`: changes of ours
 # that make it wrong (old, new, old, new, ...; each old text everywhere), or wrong functions. The
-# judge must refuse each slip and each pair that can be combined. The hand-out has neither.
+# judge must refuse each slip and each pair that can be combined. The hand-out has neither: it is cut
+# from the line on that begins with "right=".
 Exercise = namedtuple("Exercise", "number file function text minutes right slips")
 EXERCISES = []
 
@@ -484,7 +486,7 @@ def judge(exercise, function=None):
     test, result = Exercises(f"test_exercise_{exercise.number:02}_{name}"), unittest.TestResult()
     with mock.patch.object(module, name, function or getattr(module, name, None), create=True):
         quiet(test.run, result)
-    return "".join(text for _, text in result.failures + result.errors)
+    return "".join(text for _, text in result.failures + result.errors + result.skipped)
 
 
 def points(as_json):
@@ -985,20 +987,20 @@ class PPO(Rollouts):
             self.assertAlmostEqual(found[name], x.item(), places=5)
 
     def test_explain(self):
-        """It shows the answer in which a critical token costs most, and works out its J."""
+        """It shows the answer in which a critical token is freed most, and works out its J."""
         self.pairs = [(12, 3), (45, 1), (67, 8)]
         ids, _, lengths = pretrain.to_batch(self.pairs, CPU)
         self.patch("ppo.generate", return_value=(ids, lengths))
         batch = self.rollout()
-        batch |= dict(weight=batch["mask"], **{name: torch.zeros_like(batch[name]) for name in (
+        batch |= dict(weight=batch["mask"] / 2, **{name: torch.zeros_like(batch[name]) for name in (
             "ref_logits", "old_logp", "ref_logp", "advantages")})
         batch["ref_logp"][1, data.critical_positions(45, 1, 1)[1, 1, "comma1"] - 1] = -2.0
         batch["ref_logp"][0, 40] = -3.0  # costs more, at a token that is not critical
         _, printed = quiet(ppo.explain, batch, self.pairs, self.args)
         self.assertIn("Input:\n45+1\nTarget:", printed)
         row = [line.split() for line in printed.splitlines() if line.startswith("* line 1")][1]
-        row = " ".join(row[5:])  # the last is the loss, kl_coef 0.5 * 2
-        self.assertEqual(row, "',' -2.0000 0.0000 2.000 0.0000 1.000 2.0000 0.000 1.000")
+        row = " ".join(row[5:])  # the last is the loss, kl_coef 0.5 * weight 0.5 * k2 2
+        self.assertEqual(row, "',' -2.0000 0.0000 2.000 0.0000 0.500 1.0000 0.000 0.500")
         self.assertRegex(printed, r"entropy H .*3\.6889.* = 0\.0000")  # log 40, J
         self.assertLessEqual(max(map(len, printed.splitlines())), 100)
 
