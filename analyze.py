@@ -442,7 +442,7 @@ def report(args):
         if all(any(args.runs.glob(x)) for x in patterns.split()):
             runs = load_runs([f"{args.runs}/{x}" for x in patterns.split()])
             settings = by_setting([run for run in runs if run.accuracies])
-            models = set.intersection(*map(set, settings.values()))
+            models = set.intersection(*map(set, settings.values())) if settings else set()
         if not models:
             text += "Not run.\n"
             continue

@@ -92,15 +92,13 @@ def first_error(text, a, b):
 
 
 def place(a, b, index):
-    """What stands at an index of the right prompt + answer: "line 2, operand 1", "result", ..."""
+    """What stands at an index of the right answer: "line 2, operand 1", "sum", "result", "tag"."""
     text = prompt(a, b) + answer(a, b)
     *above, line = text[:index].split("\n")
-    if len(above) < 4:
-        return "tag" if len(above) == 3 else "prompt"
+    if len(above) < 4 or text[index - len(line) :].startswith("</scratch>"):
+        return "tag"
     if "</scratch>" in above:
         return "result"
-    if text[index - len(line) :].startswith("</scratch>"):
-        return "tag"
     return f"line {len(above) - 3}, {('operand 1', 'operand 2', 'sum', 'sum')[line.count(']')]}"
 
 

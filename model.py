@@ -36,7 +36,7 @@ class GPTConfig:
 def attention(q, k, v, mask):
     """softmax(q k^T / sqrt(D) + mask) v: for each of T tokens a mean of the values it may look at.
 
-    q (B, H, T, D); k and v (B, H, S, D); mask (T, S): 0 where a token may look, -inf elsewhere.
+    q (B, H, T, D); k and v (B, H, S, D); mask (T, S): 0 where a token may look, else -inf.
     Returns (B, H, T, D).
     """
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, H, T, S)
@@ -53,10 +53,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, mask, cache=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # (B, H, T, D) each
         if cache is not None:  # the new keys and values fill its last T places
-            cache[0, :, :, -T:], cache[1, :, :, -T:] = k, v
+            cache[..., -T:, :] = qkv[1:]
             k, v = cache
         with torch.autocast(x.device.type, enabled=False):  # it would compute softmax in float32
             y = attention(q, k, v, mask.to(q.dtype))
@@ -167,8 +167,7 @@ def read(model, ids, lengths, temperature=1.0):
 
 
 def sample(logits, temperature, generator=None):
-    """Tokens drawn from softmax(logits / temperature): (..., V) -> (...). Temperature 0 is greedy.
-
+    """Tokens drawn from softmax(logits / temperature): (..., V) -> (...). Temperature 0 is greedy:
     sample(torch.tensor([0.1, 0.3, 0.2]), 0) is tensor(1).
     """
     if temperature == 0:
@@ -241,8 +240,8 @@ def autocast(device):
 
 def save(path, contents):
     """torch.save, with another name first: what is called `path` is always whole."""
-    torch.save(contents, path + ".part")
-    os.replace(path + ".part", path)
+    torch.save(contents, f"{path}.part")
+    os.replace(f"{path}.part", path)
 
 
 def load(path):
@@ -272,6 +271,9 @@ def load_checkpoint(path, device):
     facts = load(path)
     if not isinstance(facts, dict) or facts.get("vocab") != VOCAB:
         stop(f"{path} is not a model.pt of pretrain.py or ppo.py with the vocabulary of data.py")
-    model = GPT(GPTConfig(**facts["config"]))
-    model.load_state_dict(facts["model"])
+    try:
+        model = GPT(GPTConfig(**facts["config"]))
+        model.load_state_dict(facts["model"])
+    except Exception as error:  # of another version
+        stop(f"{path} does not fit this code ({type(error).__name__}); pre-train the model again")
     return model.to(device), facts

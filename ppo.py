@@ -134,7 +134,7 @@ def rollout(policy, value_head, reference, pairs, args, generator):
         weight = 1 - known_critical(texts, pairs, args.digits, mask)
     return dict(states=states, actions=actions, mask=mask, lengths=lengths - 1, success=success,
                 old_logp=token_logp(logits, actions), ref_logp=token_logp(ref_logits, actions),
-                ref_logits=ref_logits, weight=weight, values=values, advantages=advantages,
+                ref_logits=ref_logits, weight=weight, advantages=advantages,
                 returns=advantages + values)
 
 
@@ -233,15 +233,15 @@ def evaluate(policy, problems, old_problems, temperature):
 
 
 def explain(batch, pairs, args):
-    """Print the penalty of an answer, token by token: a right one, if any, in which the weight frees
-    a critical token most. And the reference's choices at two of these tokens.
+    """Print the penalty of an answer, token by token: a right one, if any, in which the weight
+    frees a critical token most. And the reference's choices at two of these tokens.
     """
     texts = [data.decode([state[0], *actions[:n]]) for state, actions, n in zip(
         batch["states"].tolist(), batch["actions"].tolist(), batch["lengths"].tolist())]
     critical = known_critical(texts, pairs, args.digits, batch["mask"])
     sure = certainty(batch["ref_logits"])
     k2 = prioritized_kl(batch["old_logp"], batch["ref_logp"], 1)
-    penalty = batch["weight"] * k2
+    penalty = prioritized_kl(batch["old_logp"], batch["ref_logp"], batch["weight"])
     # Before the first update k2 is 0 everywhere: then the least certain critical token is shown.
     freed = ((1 - batch["weight"]) * k2 + 1e-6 * (1 - sure)) * critical
     i = int((freed.amax(1) * (batch["success"] + 1e-6)).argmax())
@@ -402,7 +402,7 @@ def main(argv=None):
 
     # 4. Measure and save.
     table, _ = accuracy_table(policy, (n, long), args.final_problems, args.task)
-    save_checkpoint(run.path("model.pt"), policy, torch.float32, digits=n, task=args.task,
+    save_checkpoint(run.folder / "model.pt", policy, torch.float32, digits=n, task=args.task,
                     preset=args.preset, seed=facts["seed"], settings=run.settings,
                     accuracies=table)
     print_table(table, f"after {args.iterations * args.episodes:,} episodes, {args.final_problems} "

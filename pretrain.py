@@ -109,9 +109,9 @@ def make_optimizers(model, lr):
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
 
 
-def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up, then constant, then linear decay to 0 over the last 80% of the steps."""
-    return peak * min((step + 1) / warmup, 1.0, (steps - step) / (0.8 * steps))
+def learning_rate(step, steps, peak):
+    """100 steps of linear warm-up, then constant, then linear decay to 0 over the last 80%."""
+    return peak * min((step + 1) / 100, 1.0, (steps - step) / (0.8 * steps))
 
 
 # ------------------------------------------------------------------ evaluation
@@ -182,11 +182,10 @@ def parse_args(argv):
     add("--steps", type=int, default=3200, help="optimizer steps")
     add("--batch_size", type=int, default=8, help="worked problems a step")
     add("--lr", type=float, default=3e-3, help="peak learning rate of Muon and AdamW")
-    add("--warmup", type=int, default=100, help="steps of linear warm-up")
     add("--eval_problems", type=int, default=250, help="held-out problems for each final accuracy")
     add_run_options(ap)
     args = ap.parse_args(argv)
-    check_range(ap, args, 1, "digits", "steps", "batch_size", "warmup", "eval_problems")
+    check_range(ap, args, 1, "digits", "steps", "batch_size", "eval_problems")
     check_range(ap, args, 0, "extra_digits", "lr", "seed")
     if args.out == "auto":
         args.out = default_folder(ap, args, f"pretrain_n{args.digits}", ("digits",))
@@ -220,7 +219,7 @@ def main(argv=None):
     bar = tqdm(range(run.step + 1, args.steps + 1), desc="pre-train", unit="step",
                initial=run.step, total=args.steps, dynamic_ncols=True, mininterval=1, leave=False)
     for step in bar:
-        lr = learning_rate(step - 1, args.steps, args.lr, args.warmup)
+        lr = learning_rate(step - 1, args.steps, args.lr)
         for group in muon.param_groups + adamw.param_groups:
             group["lr"] = lr
         batch = next(batches)
@@ -252,7 +251,7 @@ def main(argv=None):
             p.copy_(p.bfloat16())
     table, failures = accuracy_table(model, range(args.digits, long + 1), args.eval_problems,
                                      args.task)
-    save_checkpoint(run.path("model.pt"), model, torch.bfloat16, digits=args.digits,
+    save_checkpoint(run.folder / "model.pt", model, torch.bfloat16, digits=args.digits,
                     task=args.task, preset=args.preset, seed=args.seed, settings=run.settings,
                     accuracies=table)
     print_table(table, f"{args.eval_problems} problems per cell")
@@ -265,10 +264,9 @@ def main(argv=None):
 # ------------------------------------------------------------------ what a run keeps on disk
 def keep_freed_memory():
     """glibc keeps freed memory for the next tensors: new pages are a fifth of a step on a CPU."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks of up to 1 GiB come from the heap,
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is not given back to the system
+    if sys.platform == "linux":  # M_MMAP_THRESHOLD: up to 1 GiB from the heap; M_TRIM_THRESHOLD
+        for option, value in (-3, 2**30), (-1, 2**31 - 1):
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def add_run_options(ap):
@@ -303,8 +301,8 @@ def check_finite(when, figures):
 
 
 def write_text(path, text):
-    Path(path + ".part").write_text(text)
-    os.replace(path + ".part", path)  # whole, or as it was before
+    Path(f"{path}.part").write_text(text)
+    os.replace(f"{path}.part", path)  # whole, or as it was before
 
 
 class Run:
@@ -317,33 +315,32 @@ class Run:
 
     def __init__(self, args, columns, **parts):
         self.settings = {name: x for name, x in vars(args).items() if name not in NOT_SETTINGS}
-        self.folder, self.columns, self.parts = args.out, columns, parts
+        self.folder, self.columns, self.parts = Path(args.out), columns, parts
         self.step, self.rows, self.earlier = 0, [], 0.0  # earlier: seconds of interrupted runs
         self.started = self.saved = time.time()
         self.code = [zlib.crc32(Path(__file__).with_name(f"{name}.py").read_bytes())
                      for name in ("data", "model", "kl", "pretrain", "ppo")]
-        for name in ("accuracies.json", "state.pt", "settings.json", "log.csv", "model.pt"):
-            if args.fresh and os.path.exists(self.path(name)):
-                os.remove(self.path(name))
-        if os.path.exists(self.path("settings.json")):
-            others = json.loads(Path(self.path("settings.json")).read_text())
+        if args.fresh:
+            for name in ("accuracies.json", "state.pt", "settings.json", "log.csv", "model.pt"):
+                (self.folder / name).unlink(missing_ok=True)
+        if (self.folder / "settings.json").exists():
+            others = json.loads((self.folder / "settings.json").read_text())
             for name, value in self.settings.items():
                 if others.get(name) != value:
                     stop(f"{self.folder} holds a run with {name} {others.get(name)}, not {value}; "
                          "choose another --out, or --fresh to start over there")
-        self.finished = os.path.exists(self.path("accuracies.json"))
-        if os.path.exists(self.path("state.pt")):
-            state = load(self.path("state.pt"))
+        self.finished = (self.folder / "accuracies.json").exists()
+        if self.finished:
+            print(f"{self.folder} is finished; --fresh starts over")
+        if (self.folder / "state.pt").exists():
+            state = load(self.folder / "state.pt")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.step, self.rows, self.earlier = state["step"], state["rows"], state["seconds"]
-            how = "is finished" if self.finished else f"resumes after step {self.step}"
-            print(f"{self.folder} {how}; --fresh starts over")
+            if not self.finished:
+                print(f"{self.folder} resumes after step {self.step}; --fresh starts over")
             if state["code"] != self.code:
                 print("note: the code has changed since that step")
-
-    def path(self, name):
-        return os.path.join(self.folder, name)
 
     def log(self, step, row, last):
         """Add a row to log.csv. With the last row, or after 30 seconds, save the state, too."""
@@ -353,22 +350,22 @@ class Run:
         cells = [[str(row.get(name, "")) for name in self.columns] for row in self.rows]
         table = "".join(",".join(line) + "\n" for line in [self.columns, *cells])
         try:
-            os.makedirs(self.folder, exist_ok=True)
-            write_text(self.path("settings.json"), json.dumps(self.settings, indent=1))
-            write_text(self.path("log.csv"), table)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "settings.json", json.dumps(self.settings, indent=1))
+            write_text(self.folder / "log.csv", table)
         except OSError as error:
             stop(f"cannot write to {self.folder} ({error.strerror}); choose another --out")
         if last or time.time() - self.saved >= 30:
             states = {name: part.state_dict() for name, part in self.parts.items()}
-            save(self.path("state.pt"), dict(states, step=step, rows=self.rows, seconds=seconds,
-                                             code=self.code))
+            save(self.folder / "state.pt", dict(states, step=step, rows=self.rows, seconds=seconds,
+                                               code=self.code))
             self.saved = time.time()
 
     def finish(self, **tables):
         """Write accuracies.json: its presence says that the run is finished."""
-        write_text(self.path("accuracies.json"), json.dumps(tables, indent=1))
+        write_text(self.folder / "accuracies.json", json.dumps(tables, indent=1))
         minutes = (self.earlier + time.time() - self.started) / 60
-        print(f"\nfinished in {minutes:.1f} minutes; saved {self.path('model.pt')}")
+        print(f"\nfinished in {minutes:.1f} minutes; saved {self.folder / 'model.pt'}")
 
 
 if __name__ == "__main__":

@@ -167,8 +167,8 @@ Target:
 # its judge, which becomes the test Exercises.test_exercise_<number>_<function>. The judge calls the
 # function with positional arguments. `right`: solutions other than ours. `slips`: changes of ours
 # that make it wrong (old, new, old, new, ...; each old text everywhere), or wrong functions. The
-# judge must refuse each slip and each pair that can be combined. The hand-out has neither: it is cut
-# from the line on that begins with "right=".
+# judge must refuse each slip and each pair that can be combined. The hand-out has neither: its
+# entries are cut from the line on that begins with "right=".
 Exercise = namedtuple("Exercise", "number file function text minutes right slips")
 EXERCISES = []
 
@@ -817,8 +817,8 @@ class Pretrain(Case):
             got = pretrain.answer_loss(net, ids, prompt_len, lengths, offset).item()
         self.assertAlmostEqual(got, np.mean(terms), places=4)
 
-        rates = [pretrain.learning_rate(step, 100, 2.0, 10) for step in (0, 9, 19, 20, 60, 99)]
-        np.testing.assert_allclose(rates, [0.2, 2.0, 2.0, 2.0, 1.0, 0.025])
+        rates = [pretrain.learning_rate(step, 1000, 2.0) for step in (0, 9, 99, 200, 600, 999)]
+        np.testing.assert_allclose(rates, [0.02, 0.2, 2.0, 2.0, 1.0, 0.0025])
 
 
 # ------------------------------------------------------------------ ppo.py
@@ -1109,8 +1109,9 @@ class Scripts(Case):
             def __reduce__(self):
                 return os.mkdir, ("owned",)
 
+        whole = model.load("p/model.pt")
         for i, other in enumerate(([1], {"model": {}}, torch.zeros(3), {"x": Malicious()},
-                                   model.load("p/model.pt") | {"vocab": "ab"})):
+                                   whole | {"vocab": "ab"}, whole | {"model": {}})):
             torch.save(other, f"foreign{i}.pt")
             self.fails(ppo.main, ["--checkpoint", f"foreign{i}.pt"], f"foreign{i}.pt")
         self.fails(ppo.main, ["--checkpoint", "nowhere.pt"], "cannot load nowhere.pt")
@@ -1136,7 +1137,7 @@ class Scripts(Case):
         os.remove("p/model.pt")
         for script, options in (
                 (pretrain, "digits=0 digits=five seed=-1 device=abacus steps=0 lr=nan lr=-1 "
-                 "warmup=0 batch_size=0 task=multiply preset=huge unheard_of=1"),
+                 "batch_size=0 task=multiply preset=huge unheard_of=1"),
                 (ppo, "alpha=nan alpha=-1 kl_coef=inf lr=-1 clip=nan temperature=0 extra_digits=0 "
                  "episodes=0 minibatches=65 epochs=0 kl_weight=random iterations=-1 digits=5")):
             for option in options.split():
@@ -1227,15 +1228,12 @@ class Analyze(Case):
         self.fails(lambda x: analyze.pair(x, dict(m0=3, m1=4)), dict(m0=3, m2=4), "m")
 
     def test_the_interval_covers_95_percent_with_five_models(self):
-        """Of 4,000 samples. The percentile bootstrap covers far fewer."""
-        rng, covered = np.random.default_rng(0), []
-        for sample in rng.normal(3, 2, (4000, 5)):
+        """Of 4,000 samples."""
+        covered = []
+        for sample in np.random.default_rng(0).normal(3, 2, (4000, 5)):
             _, low, high = analyze.interval(sample)
-            resampled = np.percentile(rng.choice(sample, (300, 5)).mean(1), [2.5, 97.5])
-            covered.append((low <= 3 <= high, resampled[0] <= 3 <= resampled[1]))
-        t, bootstrap = np.mean(covered, 0)
-        self.assertAlmostEqual(t, 0.95, delta=0.012)  # 3.5 standard errors
-        self.assertLess(bootstrap, 0.88)
+            covered.append(low <= 3 <= high)
+        self.assertAlmostEqual(np.mean(covered), 0.95, delta=0.012)  # 3.5 standard errors
 
     def test_classes_of_failures(self):
         one = WORKED.index("[3,6,7]")
@@ -1345,12 +1343,6 @@ class Solutions(Case):
         table = "|---|---|---|---|---|\n" + "".join(map(table_row, EXERCISES))
         self.assertTrue(table in read(HERE, "README.md"), "README.md lacks\n" + table)
 
-    def test_no_file_names_a_folder_of_this_machine(self):
-        for folder in HERE, os.path.join(HERE, "assets"):
-            for path in map(str, Path(folder).glob("*" if folder == HERE else "**/*")):
-                if path.endswith((".py", ".md", ".json", ".csv", ".txt")):
-                    self.assertNotRegex(read(path), r"/(?:home|Users|work|tmp)/\w", path)
-
     def test_right_and_wrong_solutions(self):
         for x in EXERCISES:
             self.assertEqual(judge(x), "", "the project's own")
@@ -1367,24 +1359,6 @@ class Solutions(Case):
                 if x.function == "certainty" and name in x.slips:
                     self.assertEqual("0 log 0 gives nan" in message, name == "0 log 0")
                     self.assertEqual("the last axis" in message, "over the" in name)
-
-    def test_every_way_goes_through_the_exercises(self):
-        """No branch of the scripts does without them."""
-        save_tiny("m.pt")
-        argv = "--checkpoint m.pt --eval_problems 1 --episodes 2 --device cpu".split()
-        look = functools.partial(tiny_model(), torch.zeros(2, 9).long())
-        write = functools.partial(generate, tiny_model(), [[1]], 5)
-        ways = dict(attention=[look, torch.no_grad()(look),
-                               torch.autocast("cpu", torch.bfloat16)(look)],
-                    sample=[write, lambda: write(0)])
-        for x in EXERCISES:
-            with contextlib.ExitStack() as patches:
-                for module in (data, model, kl, pretrain, ppo):
-                    if hasattr(module, x.function):
-                        patches.enter_context(mock.patch.object(
-                            module, x.function, side_effect=NotImplementedError))
-                for way in (lambda: quiet(ppo.main, argv), *ways.get(x.function, [])):
-                    self.assertRaises(NotImplementedError, way)
 
     def test_the_handout_holds_no_solution(self):
         """No function of it, in whatever order of arguments, and no function of PyTorch."""
