@@ -397,7 +397,7 @@ SECTIONS = [  # figure; question; runs, the first setting is what others are com
      "exponent/alpha[03]_* exponent/alpha100_* less/none_*", "nk_identical"),
     ("less", "More than a smaller coefficient?", "exponent/alpha3_* exponent/alpha0_* less/*", ""),
     ("free", "Is alpha 100 more than no penalty?", "less/none_* exponent/alpha100_*", ""),
-    ("half", "And with half the coefficient?", "less/alpha0_half_* less/alpha3_half_*", ""),
+    ("half", "And with half the coefficient?", "exponent/alpha0_* less/alpha[03]_half_*", ""),
     ("places3", "Does it matter which tokens are freed?", "exponent/alpha3_* places/*3_*", ""),
     ("places100", "And at alpha 100?", "exponent/alpha100_* places/*100_*", ""),
     ("oracle", "The idea or the detector?", "places/oracle_* exponent/alpha[03]_*", ""),
