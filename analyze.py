@@ -82,12 +82,12 @@ def pair(values, first):
 
 
 # ------------------------------------------------------------------ runs and settings
-Run = namedtuple("Run", "folder settings log accuracies")
+RunLog = namedtuple("RunLog", "folder settings log accuracies")
 
 
 def load_runs(patterns):
-    """Folders, or patterns of them, which not every shell expands -> [Run]. In a run's log, empty
-    cells are nan; its accuracies are {} if it is not finished.
+    """Folders, or patterns of them, which not every shell expands -> [RunLog]. Empty cells of a log
+    are nan; the accuracies are {} if the run is not finished.
     """
     runs = {}
     for pattern in patterns:
@@ -100,7 +100,7 @@ def load_runs(patterns):
             log = np.genfromtxt(folder / "log.csv", delimiter=",", names=True, ndmin=1)
             final = folder / "accuracies.json"
             accuracies = json.loads(final.read_text()) if final.exists() else {}
-            runs[folder] = Run(folder, settings, log, accuracies)
+            runs[folder] = RunLog(folder, settings, log, accuracies)
     return list(runs.values())
 
 
@@ -246,7 +246,7 @@ def tokens(args):
 
     # 2. What the model wrote, up to the first error, and what it thinks of the right answer.
     classes = {name: dict(answers=0, failures=0, certainty=[], relative=[]) for name in CLASSES}
-    shown, places = [], {}
+    shown, places, halved = [], {}, 0
     for (a, b), text, right, thoughts, on_right in zip(pairs, texts, correct, *read_both):
         sure = thoughts[:, 0]
         start, known = len(data.prompt(a, b)), token_classes(a, b, n)
@@ -258,6 +258,7 @@ def tokens(args):
             classes[first]["answers"] += 1
             classes[first]["failures"] += int(not right)
             classes[first]["certainty"].append(float(sure[end]))
+            halved += int(not right and sure[end] ** 3 <= 0.5)
         shown.append((right, f"{title}\n{text}\n", [*np.ones(len(title) + 1), *sure, 1.0]))
         answer = sure[start : (end or len(sure)) + 1]
         relative = answer - (answer.sum() - answer) / max(1, len(answer) - 1)
@@ -281,7 +282,8 @@ def tokens(args):
     print(in_colour(text, sure) if sys.stdout.isatty() else text)
     print(f"{correct.sum()} of {len(pairs)} problems of {long} digits right, greedy\n\n"
           "Where answers first go wrong (closed early: at a critical token)\n"
-          f"{class_table(classes)}\n\nEvery place, fed the right answers\n"
+          f"{class_table(classes)}\n{halved} failures begin at a token that keeps at most half of "
+          "its penalty at alpha 3.\n\nEvery place, fed the right answers\n"
           f"{table(['place', 'class', 'tokens', 'certainty', 'wrong', 'nats'], *rows)}")
 
 

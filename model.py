@@ -274,6 +274,6 @@ def load_checkpoint(path, device):
     try:
         model = GPT(GPTConfig(**facts["config"]))
         model.load_state_dict(facts["model"])
-    except Exception as error:  # of another version
+    except (KeyError, TypeError, RuntimeError) as error:  # lacks a part, or has another shape
         stop(f"{path} does not fit this code ({type(error).__name__}); pre-train the model again")
     return model.to(device), facts

@@ -10,9 +10,9 @@ import argparse
 import copy
 import functools
 import math
-import os
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from pretrain import (Run, accuracy_table, add_run_options, answer_loss, check_f
                       default_folder, keep_freed_memory, print_table, sample_problems, solve,
                       to_batch)
 
-SHIPPED = "assets/pretrained/n5_seed0.pt"  # beside this file
+SHIPPED = str(Path(__file__).resolve().parent / "assets/pretrained/n5_seed0.pt")
 
 
 # ------------------------------------------------------------------ the algorithm
@@ -326,8 +326,6 @@ def parse_args(argv):
         ap.error("--explain shows the run as it stands; leave out --fresh")
     if args.minibatches > args.episodes:
         ap.error(f"{args.minibatches} minibatches of {args.episodes} episodes; lower --minibatches")
-    if args.checkpoint == SHIPPED:
-        args.checkpoint = os.path.join(os.path.dirname(os.path.abspath(__file__)), SHIPPED)
     return ap, args
 
 

@@ -139,13 +139,13 @@ def save_tiny(path):  # a checkpoint for N = 1, k = 1
 every_number = functools.partial(json.dumps, default=torch.Tensor.tolist)  # of nested tensors
 
 
-def read(*path):
+def text_of(*path):
     return Path(*path).read_text(encoding="utf-8")
 
 
 def read_log(folder):
     """The rows of log.csv, without what depends on the machine's speed."""
-    rows = csv.DictReader(read(folder, "log.csv").splitlines())
+    rows = csv.DictReader(text_of(folder, "log.csv").splitlines())
     return [dict(row, seconds="", tokens_per_s="") for row in rows]
 
 
@@ -534,7 +534,7 @@ def handout(folder, numbers):
         path = Path(HERE, name)
         (shutil.copytree if path.is_dir() else shutil.copy)(path, Path(folder, name))
     files = ["test_all.py", "README.md", *(x.file for x in EXERCISES)]
-    sources = {name: read(HERE, name) for name in files}
+    sources = {name: text_of(HERE, name) for name in files}
     sources["test_all.py"] = without_solutions(sources["test_all.py"], numbers)
     sources["README.md"] = re.sub("For teachers: .*?\n\n", "", sources["README.md"], flags=re.S)
     for x in EXERCISES:
@@ -1060,7 +1060,7 @@ class Scripts(Case):
         def results(folder):
             states = [model.load(f"{folder}/{name}.pt") | dict(seconds=0, rows=0, code=0)
                       for name in ("p/state", "p/model", "r/state", "r/model")]
-            return every_number([states, [[read_log(f"{folder}/{name}"), read(
+            return every_number([states, [[read_log(f"{folder}/{name}"), text_of(
                 folder, name, "accuracies.json")] for name in "pr"]])
 
         folders = ["whole", "name", *[f"random{i}" for i in range(10 if SLOW else 1)]]
@@ -1187,7 +1187,7 @@ class Scripts(Case):
         self.assertRegex(printed, r"Input:\n\d\d?-\d\d?\nTarget:")
         quiet(analyze.main, ["tokens", "r/model.pt", "--problems", "4", "--device", "cpu"])
         for name in ("model.py", "kl.py", "pretrain.py", "ppo.py", "analyze.py"):
-            self.assertNotIn('"subtract"', read(HERE, name))
+            self.assertNotIn('"subtract"', text_of(HERE, name))
 
     def test_end_to_end(self):
         """Pre-training learns; its answers do not depend on reading ahead; PPO forgets nothing."""
@@ -1197,7 +1197,7 @@ class Scripts(Case):
         learned = [(a, b) for a in range(10) for b in range(10) if not data.held_out(a, b)]
         self.assertGreater(pretrain.solve(net, learned)[0].mean(), 0.75)
         quiet(ppo.main, [*RL, "--checkpoint", "n/model.pt", "--episodes", "16"])
-        self.assertEqual(json.loads(read("r/accuracies.json"))["before"], facts["accuracies"])
+        self.assertEqual(json.loads(text_of("r/accuracies.json"))["before"], facts["accuracies"])
         tuned, _ = model.load_checkpoint("r/model.pt", CPU)
         self.assertGreater(pretrain.solve(tuned, learned)[0].mean(), 0.6)
         argv = ["tokens", "n/model.pt", "--problems", "9", "--device", "cpu"]
@@ -1273,7 +1273,7 @@ class Analyze(Case):
         for name in os.listdir("one"):
             with open(f"one/{name}", "rb") as f, open(f"two/{name}", "rb") as g:
                 self.assertTrue(f.read() == g.read(), f"{name} is another one the second time")
-        self.assertIn("+20.0 [-4.8, +44.8]", read("one/README.md"))
+        self.assertIn("+20.0 [-4.8, +44.8]", text_of("one/README.md"))
         shutil.rmtree("runs/exponent/alpha3_model2")
         self.fails(analyze.main, ["compare", "runs/exponent/*"], "m2")
 
@@ -1281,7 +1281,7 @@ class Analyze(Case):
 # ================================================================== not in the hand-out
 def solution(exercise):
     """The source of the project's own function, without its docstring."""
-    lines = read(HERE, exercise.file).splitlines(keepends=True)
+    lines = text_of(HERE, exercise.file).splitlines(keepends=True)
     node = function_node("".join(lines), exercise)
     return "".join([lines[node.lineno - 1], *lines[node.body[0].end_lineno : node.end_lineno]])
 
@@ -1341,7 +1341,7 @@ class Solutions(Case):
     def test_the_readme_has_the_table(self):
         self.assertEqual([x.number for x in EXERCISES], list(range(1, len(EXERCISES) + 1)))
         table = "|---|---|---|---|---|\n" + "".join(map(table_row, EXERCISES))
-        self.assertTrue(table in read(HERE, "README.md"), "README.md lacks\n" + table)
+        self.assertTrue(table in text_of(HERE, "README.md"), "README.md lacks\n" + table)
 
     def test_right_and_wrong_solutions(self):
         for x in EXERCISES:
@@ -1364,7 +1364,7 @@ class Solutions(Case):
         """No function of it, in whatever order of arguments, and no function of PyTorch."""
         quiet(handout, "copy", [x.number for x in EXERCISES])
         for x in EXERCISES:
-            ours, theirs = (function_node(read(folder, x.file), x) for folder in (HERE, "copy"))
+            ours, theirs = (function_node(text_of(folder, x.file), x) for folder in (HERE, "copy"))
             self.assertEqual(ast.get_docstring(theirs), ast.get_docstring(ours))
         path = os.path.join(HERE, "test_all.py")
         code = f"""import runpy, test_all, torch; from test_all import *
@@ -1392,12 +1392,12 @@ print(len(EXERCISES), sum(len(x.right) + len(x.slips) for x in EXERCISES), find(
         with mock.patch("sys.argv", ["test_all.py", "--handout", "copy", "--only", "5,6"]):
             quiet(main)
             self.fails(lambda _: main(), [], "copy exists")
-        rows = [table_row(x) in read("copy", "README.md") for x in EXERCISES]
+        rows = [table_row(x) in text_of("copy", "README.md") for x in EXERCISES]
         self.assertEqual(rows, [x.number in (5, 6) for x in EXERCISES])
         save_tiny("copy/tiny.pt")
         got = json.loads(self.python("test_all.py", "--points", "--json", folder="copy"))
         self.assertEqual((got["score"], [x["max_score"] for x in got["tests"]]), (0, [1, 1]))
-        for source, score in (("import torch (", 0), (read(HERE, "kl.py"), 2)):
+        for source, score in (("import torch (", 0), (text_of(HERE, "kl.py"), 2)):
             with open("copy/kl.py", "w", encoding="utf-8") as f:
                 f.write(source)
             printed = self.python("test_all.py", "--points", folder="copy")
