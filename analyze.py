@@ -169,15 +169,9 @@ COLOURS = LinearSegmentedColormap.from_list("certainty", ["red", "gold", "white"
 
 
 def token_classes(a, b, n_digits):
-    """{index: class} of tokens; "closed early": the paper's critical ones, often "]" for ","."""
-    return (dict.fromkeys(data.critical_positions(a, b, n_digits).values(), "closed early")
-            | dict.fromkeys(data.copied_positions(a, b, n_digits).values(), "copied digit"))
-
-
-def failure_class(text, a, b, n_digits):
-    """The class of the token where a text first differs from the right one, or None."""
-    index = data.first_error(text, a, b)
-    return None if index is None else token_classes(a, b, n_digits).get(index, "elsewhere")
+    """{index: class}; "closed early": the paper's critical tokens; all others are "elsewhere"."""
+    return {index: "copied digit" if name == "copied" else "closed early"
+            for (_, _, name), index in data.critical_positions(a, b, n_digits).items()}
 
 
 def read_texts(model, texts, temperature):
@@ -252,8 +246,9 @@ def tokens(args):
         start, known = len(data.prompt(a, b)), token_classes(a, b, n)
         sure[:start] = 1.0  # the prompt is given
         title = f"{a}{b:+}: {data.describe_error(text, a, b)}"
-        end, first = data.first_error(text, a, b), failure_class(text, a, b, n)
-        if first:
+        end = data.first_error(text, a, b)
+        if end is not None:
+            first = known.get(end, "elsewhere")
             title += f", certainty {sure[end]:.2f}, {first}"
             classes[first]["answers"] += 1
             classes[first]["failures"] += int(not right)

@@ -14,8 +14,8 @@ arithmetic to small transformers"):
     </scratch>
     3 9 5
 
-The answer begins with the line break after "Target:" and ends with the one after the result. The
-second task, "subtract", shows where another one goes: (a, b) with b < 0 is the problem a - |b|.
+The answer is what follows "Target:". A second task, "subtract", shows where another one goes:
+there (a, b) has b < 0 and is the problem a - |b|.
 """
 import zlib
 
@@ -44,8 +44,8 @@ def answer(a, b):
 
     A line shows what is left of both numbers, the result's digits so far (A) and the carry (C);
     then the sum of the last digits (0 where none is left) and the carry; the digit that goes in
-    front of A; the new carry. A final carry stays in C: 99+1 ends in "A=[0,0] C=1 , END".
-    12-5 begins with "[1,2] - [5] , A=[] , C=0 , 2-5-0=-3 , A->7 , C->1": its carry is borrowed.
+    front of A; the new carry. 99+1 ends in "A=[0,0] C=1 , END". A carry of a subtraction is
+    borrowed: 12-5 begins with "[1,2] - [5] , A=[] , C=0 , 2-5-0=-3 , A->7 , C->1".
     """
     sign = "-" if b < 0 else "+"
     x, y = list(str(a)), list(str(abs(b)))  # digits that are left, most significant first
@@ -76,8 +76,7 @@ def is_complete(text):
 
 
 def grade(text, a, b):
-    """True if the line after "</scratch>" is a + b, its digits separated by single spaces.
-
+    """True if the line after "</scratch>" is a + b, its digits separated by single spaces:
     grade("...</scratch>\\n3 9 5\\n", 367, 28) is True, whatever stands before it.
     """
     result, line_break, _ = text.partition("</scratch>\n")[2].partition("\n")
@@ -112,13 +111,15 @@ def describe_error(text, a, b):
 
 
 def critical_positions(a, b, n_digits):
-    """The paper's critical tokens for a model that was pre-trained on 1..n_digits digits.
+    """The paper's critical tokens for a model that was pre-trained on 1..n_digits digits, and the
+    copied digits: {(line, operand, name): index into prompt + answer}.
 
-    An operand g digits longer than n_digits has them in lines 1, 2 and 3: the last 2g tokens before
-    its list's closing bracket (a comma and a digit, g times), fewer where the list is shorter.
-    Returns {(line, operand, name): index into prompt + answer}; "comma1" and "digit1" stand next to
-    the bracket, "comma2" and "digit2" before them. n_digits = 2, 367+28: the ',7' of '[3,6,7]' in
-    line 1 are (1, 1, "comma1") and (1, 1, "digit1").
+    An operand g digits longer than n_digits has them in lines 1, 2 and 3. The critical ones are the
+    last 2g tokens before its list's closing bracket (a comma and a digit, g times), fewer where the
+    list is shorter: "comma1" and "digit1" next to the bracket, "comma2" and "digit2" before them.
+    "copied" is the digit before all these. A model that never saw so long a list often writes the
+    list's last digit there: '[3,7' for '[3,6,7'. The paper names the error, but not this token.
+    n_digits = 2, 367+28: in line 1's '[3,6,7]' "copied" is the 6, "comma1" and "digit1" are ',7'.
     """
     text, positions = prompt(a, b) + answer(a, b), {}
     bracket = text.index("<scratch>")
@@ -126,24 +127,15 @@ def critical_positions(a, b, n_digits):
         for operand, number in (1, a), (2, abs(b)):
             bracket = text.index("]", bracket + 1)
             digits_here = len(str(number)) - line + 1
-            for j in range(1, min(len(str(number)) - n_digits, digits_here) + 1):
+            longer = min(len(str(number)) - n_digits, digits_here)
+            for j in range(1, longer + 1):
                 positions[line, operand, f"digit{j}"] = bracket - 2 * j + 1
                 if j < digits_here:  # the first digit of a list has no comma before it
                     positions[line, operand, f"comma{j}"] = bracket - 2 * j
+            if 0 < longer < digits_here:
+                positions[line, operand, "copied"] = bracket - 2 * longer - 1
         bracket = text.index("\n", bracket)
     return positions
-
-
-def copied_positions(a, b, n_digits):
-    """The digit just before a list's critical tokens: {(line, operand): index}.
-
-    A model that never saw so long a list often copies the list's last digit there: '[3,7' for
-    '[3,6,7'. The paper names this error, but its set of critical tokens leaves the digit out.
-    """
-    text, copied = prompt(a, b) + answer(a, b), {}
-    for (line, operand, _), index in critical_positions(a, b, n_digits).items():
-        copied[line, operand] = min(index - 1, copied.get((line, operand), index))
-    return {at: index for at, index in copied.items() if text[index].isdigit()}
 
 
 # ------------------------------------------------------------------ many problems
@@ -171,8 +163,7 @@ def sample_pair(rng, n_digits, mode, extra_digits=1, test=False, task="add"):
     test: draw a held-out problem, else one of the others. In "subtract" the larger number is first.
     """
     while True:
-        first = n_digits
-        second = rng.integers(1, n_digits + 1)
+        first, second = n_digits, rng.integers(1, n_digits + 1)
         if mode == "train":
             first = rng.integers(1, n_digits + 1)
         elif mode == "identical":

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import zipfile
-import zlib
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 
 import torch
@@ -63,23 +63,17 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2's GELU
-
-
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(config.n_embd, 4 * config.n_embd),
+            gelu=nn.GELU(approximate="tanh"),  # as in GPT-2
+            c_proj=nn.Linear(4 * config.n_embd, config.n_embd),
+        ))
 
     def forward(self, x, mask, cache=None):
         x = x + self.attn(self.ln_1(x), mask, cache)
@@ -255,11 +249,6 @@ def load(path):
     stop(f"cannot load {path} ({reason}); make it again with pretrain.py or ppo.py")
 
 
-def checksum(model):
-    """A number that identifies the model's weights."""
-    return zlib.crc32(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters()))
-
-
 def save_checkpoint(path, model, dtype, **facts):
     """Weights in the dtype, config and vocabulary, and what else explains the checkpoint."""
     weights = {name: p.to("cpu", dtype) for name, p in model.state_dict().items()}
@@ -274,6 +263,6 @@ def load_checkpoint(path, device):
     try:
         model = GPT(GPTConfig(**facts["config"]))
         model.load_state_dict(facts["model"])
-    except (KeyError, TypeError, RuntimeError) as error:  # lacks a part, or has another shape
+    except (KeyError, TypeError, RuntimeError) as error:  # model.py has changed since
         stop(f"{path} does not fit this code ({type(error).__name__}); pre-train the model again")
     return model.to(device), facts

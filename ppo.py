@@ -12,6 +12,8 @@ import functools
 import math
 import sys
 import time
+import zlib
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +24,8 @@ from tqdm import tqdm
 
 import data
 from kl import certainty, prioritized_kl
-from model import (autocast, checksum, generate, get_device, load_checkpoint, read, save_checkpoint,
-                   slices, split_actions)
+from model import (autocast, generate, get_device, load_checkpoint, read, save_checkpoint, slices,
+                   split_actions)
 from pretrain import (Run, accuracy_table, add_run_options, answer_loss, check_finite, check_range,
                       default_folder, keep_freed_memory, print_table, sample_problems, solve,
                       to_batch)
@@ -143,8 +145,7 @@ def known_critical(texts, pairs, n_digits, mask):
     critical = torch.zeros_like(mask)
     for i, (text, (a, b)) in enumerate(zip(texts, pairs)):
         error = data.first_error(text, a, b)
-        for index in (*data.critical_positions(a, b, n_digits).values(),
-                      *data.copied_positions(a, b, n_digits).values()):
+        for index in data.critical_positions(a, b, n_digits).values():
             if error is None or index <= error:
                 critical[i, index - 1] = 1.0  # token i is action i - 1
     return critical
@@ -156,7 +157,7 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
     The figures are those of the policy before each step. nan or infinity stops the run before it
     reaches the weights; `when` is for that message.
     """
-    mask, totals = batch["mask"], {}
+    mask, totals = batch["mask"], defaultdict(float)
     batch = batch | dict(advantages=normalize(batch["advantages"], mask))
     for _ in range(args.epochs):
         order = torch.randperm(len(mask), generator=generator, device=mask.device)
@@ -188,18 +189,14 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
                     for name, x in dict(kl=kl, penalty=penalty, entropy=entropy,
                                         clip_fraction=clipped, value_loss=value_loss,
                                         weight=b["weight"]).items():
-                        totals[name] = totals.get(name, 0) + share * masked_mean(x, b["mask"])
-            grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            totals["grad_norm"] = totals.get("grad_norm", 0) + grad_norm
+                        totals[name] += share * masked_mean(x, b["mask"])
+            totals["grad_norm"] += nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             check_finite(when, totals)
             optimizer.step()
     return {name: x.item() / (args.epochs * args.minibatches) for name, x in totals.items()}
 
 
 # ------------------------------------------------------------------ what is watched
-WATCHED = "p_critical p_copied p_l1o1 p_l1o2 p_l2o1 p_l2o2 p_l3o1 p_l3o2".split()
-
-
 def watch_critical(model, pairs, n_digits, temperature):
     """Probability of the right token, where the model has read the right answer up to there.
 
@@ -209,15 +206,13 @@ def watch_critical(model, pairs, n_digits, temperature):
     ids, _, lengths = to_batch(pairs, model.lm_head.weight.device)
     logits, _ = read(model, ids, lengths, temperature)
     p = token_logp(logits[:, :-1], ids[:, 1:]).exp().tolist()
-    found = {name: [] for name in WATCHED}
+    found = defaultdict(list)
     for i, (a, b) in enumerate(pairs):
         for (line, operand, name), index in data.critical_positions(a, b, n_digits).items():
-            found["p_critical"].append(p[i][index - 1])  # token i is action i - 1
+            found["p_copied" if name == "copied" else "p_critical"].append(p[i][index - 1])
             if name == "comma1":
-                found[f"p_l{line}o{operand}"].append(p[i][index - 1])
-        found["p_copied"] += [p[i][index - 1]
-                              for index in data.copied_positions(a, b, n_digits).values()]
-    return {name: np.mean(x) for name, x in found.items() if x}
+                found[f"p_l{line}o{operand}"].append(p[i][index - 1])  # token i is action i - 1
+    return {name: np.mean(x) for name, x in found.items()}
 
 
 def evaluate(policy, problems, old_problems, temperature):
@@ -277,11 +272,6 @@ def explain(batch, pairs, args):
 
 
 # ------------------------------------------------------------------ training
-COLUMNS = ["iteration", "episodes", "success", "kl", "penalty", "entropy", "clip_fraction",
-           "value_loss", "weight", "grad_norm", *WATCHED, "n_identical", "n_sampled",
-           "nk_identical", "nk_varying", "n_nats", "tokens_per_s", "seconds"]
-
-
 def parse_args(argv):
     ap = argparse.ArgumentParser(
         description="Fine-tune a pre-trained model with PPO on additions of N+k digits.",
@@ -344,13 +334,14 @@ def main(argv=None):
         args.out = default_folder(ap, args, f"ppo_n{n}_model{facts['seed']}_alpha{args.alpha:g}",
                                   ("alpha",))
     args.digits, args.task, args.preset = n, facts["task"], facts["preset"]
-    args.pretrained = f"n{n}_seed{facts['seed']}_{checksum(reference):08x}"
+    weights = b"".join(p.cpu().numpy().tobytes() for p in reference.parameters())
+    args.pretrained = f"n{n}_seed{facts['seed']}_{zlib.crc32(weights):08x}"
     policy = copy.deepcopy(reference).requires_grad_(True)
     value_head = ValueHead(policy.config.n_embd, torch.Generator().manual_seed(args.seed))
     value_head.to(device)
     optimizer = torch.optim.Adam([dict(params=policy.parameters(), lr=args.lr),
                                   dict(params=value_head.parameters(), lr=args.value_lr)])
-    run = Run(args, COLUMNS, policy=policy, value_head=value_head, optimizer=optimizer)
+    run = Run(args, policy=policy, value_head=value_head, optimizer=optimizer)
     if args.explain:
         if not run.rows:
             print(f"no run in {args.out}: the policy is still the reference, and k2 is 0")
@@ -399,7 +390,7 @@ def main(argv=None):
         bar.set_postfix_str(measured)
 
     # 4. Measure and save.
-    table, _ = accuracy_table(policy, (n, long), args.final_problems, args.task)
+    table = accuracy_table(policy, (n, long), args.final_problems, args.task)
     save_checkpoint(run.folder / "model.pt", policy, torch.float32, digits=n, task=args.task,
                     preset=args.preset, seed=facts["seed"], settings=run.settings,
                     accuracies=table)

@@ -150,17 +150,12 @@ def solve(model, pairs, temperature=0, seed=0, batch_size=256):
 
 
 def accuracy_table(model, lengths, n_problems, task):
-    """Greedy accuracies as in the paper's Tables 4 and 5, on n_problems held-out problems each.
-
-    Returns {"identical 5": share, "varying 5": share, ...} and the failures [(text, a, b)].
-    """
-    table, failures = {}, []
+    """Greedy accuracies {"identical 5": share, "varying 5": ...} as in the paper's Tables 4, 5."""
+    table = {}
     for length, mode in itertools.product(lengths, ("identical", "varying")):
-        pairs = sample_problems(n_problems, length, mode, 1, task)
-        correct, texts = solve(model, pairs)
+        correct, _ = solve(model, sample_problems(n_problems, length, mode, 1, task))
         table[f"{mode} {length}"] = float(correct.mean())
-        failures += [(text, *pair) for text, pair, right in zip(texts, pairs, correct) if not right]
-    return table, failures
+    return table
 
 
 def print_table(table, title):
@@ -199,11 +194,10 @@ def main(argv=None):
     keep_freed_memory()
     long = args.digits + args.extra_digits
     block_size = math.ceil(data.max_length(long, args.task) / 32) * 32
-    config = GPTConfig(block_size=block_size, **PRESETS[args.preset])
+    config = GPTConfig(block_size, **PRESETS[args.preset])
     model = GPT(config, torch.Generator().manual_seed(args.seed)).to(device)
     muon, adamw = make_optimizers(model, args.lr)
-    run = Run(args, ["step", "loss", "lr", "grad_norm", "n_identical", "nk_varying",
-                     "tokens_per_s", "seconds"], model=model, muon=muon, adamw=adamw)
+    run = Run(args, model=model, muon=muon, adamw=adamw)
     if run.finished:
         return
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -245,20 +239,15 @@ def main(argv=None):
                                 f"{row['tokens_per_s']:,.0f} tokens/s")
             losses, norms, tokens, since = [], [], 0, time.time()
 
-    # 3. Measure, save, show failures.
-    with torch.no_grad():
-        for p in model.parameters():  # saved in bfloat16, half the size: measure what is saved
-            p.copy_(p.bfloat16())
-    table, failures = accuracy_table(model, range(args.digits, long + 1), args.eval_problems,
-                                     args.task)
+    # 3. Measure and save.
+    model.bfloat16().float()  # it is saved in bfloat16, half the size: measure what is saved
+    table = accuracy_table(model, range(args.digits, long + 1), args.eval_problems, args.task)
     save_checkpoint(run.folder / "model.pt", model, torch.bfloat16, digits=args.digits,
                     task=args.task, preset=args.preset, seed=args.seed, settings=run.settings,
                     accuracies=table)
     print_table(table, f"{args.eval_problems} problems per cell")
-    print("\nthree failures, at their first wrong character")
-    for text, a, b in failures[:: max(1, len(failures) // 3)][:3]:
-        print(f"  {a}{b:+}: {data.describe_error(text, a, b)}")
     run.finish(after=table)
+    print(f"where it fails: python analyze.py tokens {run.folder / 'model.pt'}")
 
 
 # ------------------------------------------------------------------ what a run keeps on disk
@@ -289,8 +278,7 @@ def default_folder(ap, args, prefix, unnamed):
     """out/<prefix>_<settings that differ from their defaults>_seed<seed>, at most 80 characters."""
     changed = [f"{name}{value}" for name, value in vars(args).items()
                if value != ap.get_default(name) and name not in (*NOT_SETTINGS, *unnamed, "seed")]
-    suffix = f"_seed{args.seed}"
-    return os.path.join("out", "_".join([prefix, *changed])[: 80 - len(suffix)] + suffix)
+    return os.path.join("out", "_".join([prefix, *changed])[:60] + f"_seed{args.seed}")
 
 
 def check_finite(when, figures):
@@ -309,13 +297,12 @@ class Run:
     """A run's folder: settings.json, log.csv, state.pt and, when finished, accuracies.json.
 
     The same command resumes from state.pt: what it holds is loaded into `parts`, modules and
-    optimizers by name. Every random number of a step follows from the seed and the step, so on a
-    CPU a resumed run ends with the same weights as one that was never stopped.
+    optimizers by name. On a CPU a resumed run ends with the weights of one that never stopped.
     """
 
-    def __init__(self, args, columns, **parts):
+    def __init__(self, args, **parts):
         self.settings = {name: x for name, x in vars(args).items() if name not in NOT_SETTINGS}
-        self.folder, self.columns, self.parts = Path(args.out), columns, parts
+        self.folder, self.parts = Path(args.out), parts
         self.step, self.rows, self.earlier = 0, [], 0.0  # earlier: seconds of interrupted runs
         self.started = self.saved = time.time()
         self.code = [zlib.crc32(Path(__file__).with_name(f"{name}.py").read_bytes())
@@ -347,8 +334,9 @@ class Run:
         seconds = self.earlier + time.time() - self.started
         row = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
         self.rows.append(row | dict(seconds=f"{seconds:.1f}"))
-        cells = [[str(row.get(name, "")) for name in self.columns] for row in self.rows]
-        table = "".join(",".join(line) + "\n" for line in [self.columns, *cells])
+        columns = dict.fromkeys(name for row in self.rows for name in row)
+        cells = [[str(row.get(name, "")) for name in columns] for row in self.rows]
+        table = "".join(",".join(line) + "\n" for line in [columns, *cells])
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "settings.json", json.dumps(self.settings, indent=1))
