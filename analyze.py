@@ -433,20 +433,14 @@ def pretrained(args):
 
 
 def report(args):
-    """assets/runs/README.md and what the runs say, of models that have finished a whole section."""
+    """assets/runs/README.md, and what the runs in assets/runs say."""
     text = (args.runs / "README.md").read_text() + pretrained(args)
     for name, question, patterns, view in SECTIONS:
         text += f"\n## {question}\n\n"
-        settings, models = {}, set()
-        if all(any(args.runs.glob(x)) for x in patterns.split()):
-            runs = load_runs([f"{args.runs}/{x}" for x in patterns.split()])
-            settings = by_setting([run for run in runs if run.accuracies])
-            models = set.intersection(*map(set, settings.values())) if settings else set()
-        if not models:
+        if not all(any(args.runs.glob(x)) for x in patterns.split()):
             text += "Not run.\n"
             continue
-        settings = {label: {model: x for model, x in setting.items() if model in models}
-                    for label, setting in settings.items()}
+        settings = by_setting(load_runs([f"{args.runs}/{x}" for x in patterns.split()]))
         figure = draw_curves(settings, view) if view else draw_compare(settings)
         save_figure(figure, args.out, f"{name}.png")
         commands = "\n".join(command(next(iter(x.values()))[0]) for x in settings.values())
