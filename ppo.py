@@ -228,8 +228,8 @@ def evaluate(policy, problems, old_problems, temperature):
 
 
 def explain(batch, pairs, args):
-    """Print the penalty of an answer, token by token: a right one, if any, in which the weight
-    frees a critical token most. And the reference's choices at two of these tokens.
+    """Print the penalty of an answer, token by token: a right one, if any, with the costliest of
+    the critical tokens whose k2 the weight at least halves. And the reference's choices there.
     """
     texts = [data.decode([state[0], *actions[:n]]) for state, actions, n in zip(
         batch["states"].tolist(), batch["actions"].tolist(), batch["lengths"].tolist())]
@@ -238,7 +238,7 @@ def explain(batch, pairs, args):
     k2 = prioritized_kl(batch["old_logp"], batch["ref_logp"], 1)
     penalty = prioritized_kl(batch["old_logp"], batch["ref_logp"], batch["weight"])
     # Before the first update k2 is 0 everywhere: then the least certain critical token is shown.
-    freed = ((1 - batch["weight"]) * k2 + 1e-6 * (1 - sure)) * critical
+    freed = (k2 * (batch["weight"] <= 0.5) + 1e-6 * (1 - sure)) * critical
     i = int((freed.amax(1) * (batch["success"] + 1e-6)).argmax())
     (a, b), text = pairs[i], texts[i]
     normalized = normalize(batch["advantages"], batch["mask"])

@@ -965,7 +965,7 @@ class PPO(Rollouts):
             self.assertAlmostEqual(found[name], x.item(), places=5)
 
     def test_explain(self):
-        """It shows the answer in which a critical token is freed most, and works out its J."""
+        """It shows the answer with the critical token that costs most, and works out its J."""
         self.pairs = [(12, 3), (45, 1), (67, 8)]
         ids, _, lengths = pretrain.to_batch(self.pairs, CPU)
         self.patch("ppo.generate", return_value=(ids, lengths))
