@@ -224,9 +224,10 @@ def class_table(classes):
 
 
 def tokens(args):
-    """Write tokens.png and tokens.json. The json has by class of the first wrong token: answers;
-    failures among them; mean certainty at that token; relative, the paper's Table 1: certainty on
-    all tokens of the class minus that on the answer's other tokens.
+    """Write tokens.png and tokens.json. The json has for each class of tokens: answers, how many
+    first go wrong there; failures, how many of these have a wrong result; certainty, the mean at
+    the first wrong tokens; relative, the paper's Table 1: of all answers, up to the first error,
+    the certainty of the class's tokens minus that of the answer's other tokens.
     """
     # 1. One set of greedy answers.
     model, facts = load_checkpoint(args.checkpoint, get_device(args.device))

@@ -91,7 +91,9 @@ def first_error(text, a, b):
 
 
 def place(a, b, index):
-    """What stands at an index of the right answer: "line 2, operand 1", "sum", "result", "tag"."""
+    """What stands at an index of the right answer: "line 2, operand 1", "line 2, sum", "result" or
+    "tag". Before line 1 stand 4 others: "Input:", the problem, "Target:" and "<scratch>".
+    """
     text = prompt(a, b) + answer(a, b)
     *above, line = text[:index].split("\n")
     if len(above) < 4 or text[index - len(line) :].startswith("</scratch>"):
@@ -114,12 +116,12 @@ def critical_positions(a, b, n_digits):
     """The paper's critical tokens for a model that was pre-trained on 1..n_digits digits, and the
     copied digits: {(line, operand, name): index into prompt + answer}.
 
-    An operand g digits longer than n_digits has them in lines 1, 2 and 3. The critical ones are the
-    last 2g tokens before its list's closing bracket (a comma and a digit, g times), fewer where the
-    list is shorter: "comma1" and "digit1" next to the bracket, "comma2" and "digit2" before them.
-    "copied" is the digit before all these. A model that never saw so long a list often writes the
-    list's last digit there: '[3,7' for '[3,6,7'. The paper names the error, but not this token.
-    n_digits = 2, 367+28: in line 1's '[3,6,7]' "copied" is the 6, "comma1" and "digit1" are ',7'.
+    An operand with g > 0 digits more than n_digits has them in lines 1, 2 and 3 (as in the paper's
+    Figure 7). The last 2g tokens of its list are critical, g times a comma and a digit; fewer in a
+    shorter list. "comma1" and "digit1" are next to the "]", "comma2" and "digit2" before them.
+    "copied" is the digit before all these: a model that never saw so long a list often writes the
+    last digit there, '[3,7' for '[3,6,7'. The paper names this error, but not this token.
+    n_digits = 2, 367+28: in '[3,6,7]' 6 is copied, ',7' comma1 and digit1; '[3]' has digit1 alone.
     """
     text, positions = prompt(a, b) + answer(a, b), {}
     bracket = text.index("<scratch>")
@@ -127,13 +129,13 @@ def critical_positions(a, b, n_digits):
         for operand, number in (1, a), (2, abs(b)):
             bracket = text.index("]", bracket + 1)
             digits_here = len(str(number)) - line + 1
-            longer = min(len(str(number)) - n_digits, digits_here)
-            for j in range(1, longer + 1):
+            g = min(len(str(number)) - n_digits, digits_here)
+            for j in range(1, g + 1):
                 positions[line, operand, f"digit{j}"] = bracket - 2 * j + 1
                 if j < digits_here:  # the first digit of a list has no comma before it
                     positions[line, operand, f"comma{j}"] = bracket - 2 * j
-            if 0 < longer < digits_here:
-                positions[line, operand, "copied"] = bracket - 2 * longer - 1
+            if 0 < g < digits_here:
+                positions[line, operand, "copied"] = bracket - 2 * g - 1
         bracket = text.index("\n", bracket)
     return positions
 

@@ -6,7 +6,6 @@ import math
 import os
 import sys
 import zipfile
-from collections import OrderedDict
 from dataclasses import asdict, dataclass
 
 import torch
@@ -58,7 +57,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # the new keys and values fill its last T places
             cache[..., -T:, :] = qkv[1:]
             k, v = cache
-        with torch.autocast(x.device.type, enabled=False):  # it would compute softmax in float32
+        with torch.autocast(x.device.type, enabled=False):  # so that softmax stays in q's dtype
             y = attention(q, k, v, mask.to(q.dtype))
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -69,15 +68,15 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = nn.Sequential(OrderedDict(
+        self.mlp = nn.ModuleDict(dict(
             c_fc=nn.Linear(config.n_embd, 4 * config.n_embd),
-            gelu=nn.GELU(approximate="tanh"),  # as in GPT-2
             c_proj=nn.Linear(4 * config.n_embd, config.n_embd),
         ))
 
     def forward(self, x, mask, cache=None):
         x = x + self.attn(self.ln_1(x), mask, cache)
-        return x + self.mlp(self.ln_2(x))
+        hidden = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh")  # as in GPT-2
+        return x + self.mlp.c_proj(hidden)
 
 
 class GPT(nn.Module):
@@ -141,7 +140,7 @@ def split_actions(ids, prompt_len, lengths):
 
 
 def slices(rows, lengths):
-    """-> [(numbers of rows of like length, the first T tokens that they need)].
+    """-> [(indices of rows of like length, T)]: the first T tokens hold these rows' texts.
 
     As many rows as fit a CPU's cache or a GPU's memory. T is a multiple of 32: few shapes.
     """
@@ -174,8 +173,8 @@ def sample(logits, temperature, generator=None):
 def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     """Continue prompts of different lengths, all in one batch.
 
-    All rows start at position 0 and take each step together. A row that is still inside its prompt
-    takes its prompt's next token, the others what they sampled. So there is no padding to mask.
+    All rows start at position 0. Each step adds a token to every row: its prompt's next one while
+    the row is inside its prompt, then what it sampled. So there is never padding to mask.
     prompts: B lists of ids. A row ends where its answer is complete, after max_new_tokens, or with
     the block. Returns ids (B, T), 0 after a row's end, and lengths (B,).
     """
@@ -190,7 +189,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     rows = (~complete).nonzero()[:, 0]  # the rows that have not ended
     shape = (config.n_layer, 2, len(rows), config.n_head, T, config.n_embd // config.n_head)
     cache = torch.zeros(shape, device=device)
-    start, pos = 0, min(map(len, prompts))  # tokens in the cache; tokens of the shortest prompt
+    start, pos = 0, min(map(len, prompts))  # read so far; tokens start .. pos - 1 are read next
     while len(rows) and pos < T:
         logits, _ = model(ids[rows, start:pos], cache=cache[..., :pos, :])
         token = sample(logits[:, -1], temperature, generator)
@@ -214,13 +213,11 @@ def stop(message):
 
 def get_device(name):
     """'auto' -> cuda, else mps, else cpu. A device that is not there ends the script."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
-    try:
-        torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, ImportError) as error:  # what is missing, by device
-        stop(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu")
+        name = next(device for device in there if there[device])
+    if not there.get(name.partition(":")[0]):
+        stop(f"there is no device {name!r} here; try --device cpu")
     return torch.device(name)
 
 

@@ -11,7 +11,6 @@ import copy
 import functools
 import math
 import sys
-import time
 import zlib
 from collections import defaultdict
 from pathlib import Path
@@ -107,17 +106,18 @@ def rollout(policy, value_head, reference, pairs, args, generator):
     ids, lengths = generate(policy, prompts, policy.config.block_size, args.temperature, generator)
     prompt_len = torch.tensor([len(p) for p in prompts], device=ids.device)
     states, actions, mask = split_actions(ids, prompt_len, lengths)
+    n_actions = lengths - 1  # action i is token i + 1
 
     # 2. Grade them. The reward comes with the last action.
     texts = [data.decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
     success = [float(data.grade(text, a, b)) for text, (a, b) in zip(texts, pairs)]
     success = torch.tensor(success, device=ids.device)  # (B,)
     rewards = torch.zeros_like(mask)
-    rewards[torch.arange(len(pairs), device=ids.device), lengths - 2] = success
+    rewards[torch.arange(len(pairs), device=ids.device), n_actions - 1] = success
 
     # 3. Score each action under the reference and the policy, both at the sampling temperature.
-    ref_logits, _ = read(reference, states, lengths - 1, args.temperature)  # (B, T, V)
-    logits, hidden = read(policy, states, lengths - 1, args.temperature)
+    ref_logits, _ = read(reference, states, n_actions, args.temperature)  # (B, T, V)
+    logits, hidden = read(policy, states, n_actions, args.temperature)
     values = value_head(hidden)
     advantages = gae(rewards, values, mask, args.gamma, args.gae_lambda)
 
@@ -134,7 +134,7 @@ def rollout(policy, value_head, reference, pairs, args, generator):
         weight = weight * (sure >= 0.9)
     elif args.kl_weight == "oracle":  # a control: free critical tokens and copied digits alone
         weight = 1 - known_critical(texts, pairs, args.digits, mask)
-    return dict(states=states, actions=actions, mask=mask, lengths=lengths - 1, success=success,
+    return dict(states=states, actions=actions, mask=mask, lengths=n_actions, success=success,
                 old_logp=token_logp(logits, actions), ref_logp=token_logp(ref_logits, actions),
                 ref_logits=ref_logits, weight=weight, advantages=advantages,
                 returns=advantages + values)
@@ -180,7 +180,8 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
                 loss = ppo_loss(new_logp, b["old_logp"], b["advantages"], b["mask"], args.clip)
                 loss = loss + masked_mean(args.kl_coef * penalty - args.entropy_coef * entropy
                                           + value_loss, b["mask"])
-                share = b["mask"].sum() / mask[rows].sum()  # of the minibatch's mean
+                # The slices' means times their shares add up to the minibatch's mean.
+                share = b["mask"].sum() / mask[rows].sum()
                 (loss * share).backward()
                 with torch.no_grad():
                     ref_logp = F.log_softmax(b["ref_logits"], -1)
@@ -237,7 +238,8 @@ def explain(batch, pairs, args):
     sure = certainty(batch["ref_logits"])
     k2 = prioritized_kl(batch["old_logp"], batch["ref_logp"], 1)
     penalty = prioritized_kl(batch["old_logp"], batch["ref_logp"], batch["weight"])
-    # Before the first update k2 is 0 everywhere: then the least certain critical token is shown.
+    # A right answer, if there is one, comes first. Before the first update every k2 is 0: then the
+    # least certain critical token decides.
     freed = (k2 * (batch["weight"] <= 0.5) + 1e-6 * (1 - sure)) * critical
     i = int((freed.amax(1) * (batch["success"] + 1e-6)).argmax())
     (a, b), text = pairs[i], texts[i]
@@ -368,13 +370,11 @@ def main(argv=None):
     for iteration in bar:
         row = dict(iteration=iteration, episodes=iteration * args.episodes)
         if iteration > 0:  # row 0 of the log is the pre-trained model
-            begun = time.time()
             pairs, generator = draw_problems(args, iteration, device)
             batch = rollout(policy, value_head, reference, pairs, args, generator)
             row |= update(policy, value_head, optimizer, batch, args, generator,
                           f"iteration {iteration}")
-            row |= dict(success=batch["success"].mean().item(),
-                        tokens_per_s=batch["mask"].sum().item() / (time.time() - begun))
+            row["success"] = batch["success"].mean().item()
         row |= watch_critical(policy, critical_problems, n, args.temperature)
         check_finite(f"iteration {iteration}", dict(p_critical=row["p_critical"]))
         tqdm.write(f"{iteration:3d}" + "".join(

@@ -132,8 +132,8 @@ def read_ahead(model, pairs, temperature, generator):
     ids, prompt_len, lengths = to_batch(pairs, model.lm_head.weight.device)
     tokens = sample(read(model, ids, lengths)[0], temperature, generator)  # (B, T)
     _, right, mask = split_actions(ids, prompt_len, lengths)
-    same = ((tokens[:, :-1] == right) | (mask == 0)).cumprod(1)  # (B, T-1): 1 before it, then 0
-    n_known = torch.minimum(same.sum(1) + 2, lengths)  # and the first token, and what differs
+    same = ((tokens[:, :-1] == right) | (mask == 0)).cumprod(1)  # 1 before the first difference
+    n_known = torch.minimum(same.sum(1) + 2, lengths)  # + token 0 and what differs
     ids = torch.cat([ids[:, :1], torch.where(mask > 0, tokens[:, :-1], right)], 1)
     return [row[:n] for row, n in zip(ids.tolist(), n_known.tolist())]
 
@@ -209,35 +209,31 @@ def main(argv=None):
                    nk_varying=sample_problems(64, long, "varying", 2, args.task))
     batches = pretrain_batches(args.digits, args.batch_size, block_size, args.seed, device,
                                args.task, start=run.step)
-    losses, norms, tokens, since, measured = [], [], 0, time.time(), "N -, N+k -"
+    losses, norms, measured = [], [], "N -, N+k -"
     bar = tqdm(range(run.step + 1, args.steps + 1), desc="pre-train", unit="step",
                initial=run.step, total=args.steps, dynamic_ncols=True, mininterval=1, leave=False)
     for step in bar:
         lr = learning_rate(step - 1, args.steps, args.lr)
         for group in muon.param_groups + adamw.param_groups:
             group["lr"] = lr
-        batch = next(batches)
-        loss = answer_loss(model, *batch)
+        loss = answer_loss(model, *next(batches))
         model.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         muon.step()
         adamw.step()
         losses.append(loss.detach())
-        tokens += batch[0].numel()
 
         if step % 100 == 0 or step == args.steps:  # figures are fetched from a GPU only here
             row = dict(step=step, loss=torch.stack(losses).mean().item(), lr=lr,
-                       grad_norm=torch.stack(norms).mean().item(),
-                       tokens_per_s=tokens / (time.time() - since))
+                       grad_norm=torch.stack(norms).mean().item())
             check_finite(f"step {step}", row)
             if step % 500 == 0:
                 row |= {name: solve(model, pairs)[0].mean() for name, pairs in watched.items()}
                 measured = f"N {row['n_identical']:.0%}, N+k {row['nk_varying']:.0%}"
             run.log(step, row, last=step == args.steps)
-            bar.set_postfix_str(f"loss {row['loss']:.4f}, {measured}, "
-                                f"{row['tokens_per_s']:,.0f} tokens/s")
-            losses, norms, tokens, since = [], [], 0, time.time()
+            bar.set_postfix_str(f"loss {row['loss']:.4f}, {measured}")
+            losses, norms = [], []
 
     # 3. Measure and save.
     model.bfloat16().float()  # it is saved in bfloat16, half the size: measure what is saved

@@ -126,7 +126,7 @@ def text_of(*path):
 def read_log(folder):
     """The rows of log.csv, without what depends on the machine's speed."""
     rows = csv.DictReader(text_of(folder, "log.csv").splitlines())
-    return [dict(row, seconds="", tokens_per_s="") for row in rows]
+    return [dict(row, seconds="") for row in rows]
 
 
 WORKED = """Input:
