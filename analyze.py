@@ -285,7 +285,7 @@ def tokens(args):
 
 # ------------------------------------------------------------------ curves
 VIEWS = {  # columns of log.csv
-    "all": "success nk_identical nk_varying n_identical p_critical kl loss".split(),
+    "curves": "success nk_identical nk_varying n_identical p_critical kl loss".split(),
     "critical": "p_l1o1 p_l2o1 p_l3o1 p_l1o2 p_l2o2 p_l3o2 p_copied".split(),  # Figure 7
     "drift": "kl n_identical n_sampled n_nats".split()}
 TITLES = dict(nk_identical="identical N+k", nk_varying="varying N+k", n_identical="identical N",
@@ -316,8 +316,8 @@ def draw_curves(settings, view):
 
 
 def curves(args):
-    name = "curves.png" if args.show == "all" else f"{args.show}.png"
-    save_figure(draw_curves(by_setting(load_runs(args.runs)), args.show), args.out, name)
+    figure = draw_curves(by_setting(load_runs(args.runs)), args.show)
+    save_figure(figure, args.out, f"{args.show}.png")
 
 
 # ------------------------------------------------------------------ compare
@@ -427,7 +427,7 @@ def pretrained(args):
         classes[name] = x | dict(answers=sum(x["answers"]), failures=sum(x["failures"]))
     solved = [[run.folder.name, *(f"{100 * x:.1f}" for x in run.accuracies["after"].values())]
               for run in runs]
-    save_figure(draw_curves(by_setting(runs), "all"), args.out, "pretrained.png")
+    save_figure(draw_curves(by_setting(runs), "curves"), args.out, "pretrained.png")
     return (f"\nModels: {len(runs)}.\n\n{class_table(classes)}\n\n% solved by each of them:\n\n"
             f"{table(['model', *runs[0].accuracies['after']], *solved)}\n\n"
             "![pretrained](pretrained.png)\n")
@@ -472,7 +472,7 @@ def main(argv=None):
     add("--show", type=int, default=3, help="answers to show, failures first")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest")
     add = verbs.choices["curves"].add_argument
-    add("--show", default="all", help="all, critical, drift, or a column of log.csv")
+    add("--show", default="curves", help="curves, critical, drift, or a column of log.csv")
     verbs.choices["report"].add_argument("--runs", type=Path, default=ASSETS / "runs", help="input")
     args = ap.parse_args(argv)
     if args.run == tokens:
