@@ -400,6 +400,7 @@ SECTIONS = [  # figure; question; runs, the first setting is what others are com
     ("places3", "Does it matter which tokens are freed?", "exponent/alpha3_* places/*3_*", ""),
     ("places100", "And at alpha 100?", "exponent/alpha100_* places/*100_*", ""),
     ("oracle", "The idea or the detector?", "places/oracle_* exponent/alpha[03]_*", ""),
+    ("kl", "Is it how far the policy moves?", "exponent/alpha0_* exponent/* less/* places/*", ""),
     ("high_lr", "Where is a penalty needed? (--lr 5e-4)", "high_lr/alpha0_0.1_* high_lr/*", ""),
     ("long", "What is still known of N after 6,400 episodes?", "long/alpha0_m* long/*", "drift"),
     ("wide", "Does it hold at twice the width?", "sizes/wide_*", ""),
