@@ -394,7 +394,7 @@ SECTIONS = [  # figure; question; runs, the first setting is what others are com
     ("learning", "How fast is it learned?",
      "exponent/alpha[03]_* exponent/alpha100_* less/none_*", "nk_identical"),
     ("less", "More than a smaller coefficient?", "exponent/alpha3_* exponent/alpha0_* less/*", ""),
-    ("free", "Is alpha 100 more than no penalty?", "less/none_* exponent/alpha100_*", ""),
+    ("free", "Is a large alpha more than no penalty?", "less/none_* exponent/alpha10*_*", ""),
     ("half", "And with half the coefficient?", "less/alpha0_half_* less/alpha3_half_*", ""),
     ("coefficient", "What does less of it do alone?", "exponent/alpha0_* less/alpha*", ""),
     ("places3", "Does it matter which tokens are freed?", "exponent/alpha3_* places/*3_*", ""),
