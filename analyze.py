@@ -327,6 +327,8 @@ OUTCOMES = ("identical N+k", "varying N+k", "identical N")  # learned, learned, 
 def outcomes(setting, name):
     """{pre-trained model: value}: of OUTCOMES, in %; "KL", in the last iteration; or "alpha"."""
     def measure(run):
+        if "before" not in run.accuracies:
+            stop(f"{run.folder} is not a finished run of ppo.py; the command of a run resumes it")
         n, k = run.settings["digits"], run.settings["extra_digits"]
         cell = name.replace("N+k", str(n + k)).replace("N", str(n))
         others = {"KL": run.log["kl"][-1], "alpha": run.settings["alpha"]}
@@ -378,11 +380,7 @@ def draw_compare(settings):
 
 
 def compare(args):
-    runs = load_runs(args.runs)
-    for run in runs:
-        if "before" not in run.accuracies:
-            stop(f"{run.folder} is not a finished run of ppo.py; the command of a run resumes it")
-    settings = by_setting(runs)
+    settings = by_setting(load_runs(args.runs))
     text = compare_text(settings)
     save_figure(draw_compare(settings), args.out, "compare.png")
     print(f"\n% solved, and KL in nats a token, [95% interval]; p: exact sign-flip test\n\n{text}")

@@ -582,10 +582,11 @@ class Data(Case):
             (3, 1, "digit1"): three + 1})
         text = data.prompt(5, 1234) + data.answer(5, 1234)
         one, two, three = (text.index(x) for x in ("[1,2,3,4]", "[1,2,3] ", "[1,2] "))
-        all_five = "copied comma2 digit2 comma1 digit1"
         self.assertEqual(data.critical_positions(5, 1234, 2), {
             (line, 2, name): at for line, start, names in (
-                (1, one + 3, all_five), (2, two + 1, all_five), (3, three + 1, all_five[14:]))
+                (1, one + 3, "copied comma2 digit2 comma1 digit1"),
+                (2, two + 1, "copied comma2 digit2 comma1 digit1"),
+                (3, three + 1, "digit2 comma1 digit1"))
             for at, name in enumerate(names.split(), start)})
         for pair, operands in ((12, 34), set()), ((123, 456), {1, 2}):
             self.assertEqual({key[1] for key in data.critical_positions(*pair, 2)}, operands)
@@ -1256,6 +1257,9 @@ class Analyze(Case):
         self.assertIn("+20.0 [-4.8, +44.8]", text_of("one/README.md"))
         shutil.rmtree("runs/exponent/alpha3_model2")
         self.fails(analyze.main, ["compare", "runs/exponent/*"], "m2")
+        os.remove("runs/exponent/alpha0_model0/accuracies.json")
+        for argv in ["compare", "runs/exponent/*"], ["report", "--runs", "runs"]:
+            self.fails(analyze.main, argv, "alpha0_model0 is not a finished run")
 
 
 # ================================================================== not in the hand-out
