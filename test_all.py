@@ -47,7 +47,7 @@ except (Exception, SystemExit):
     if "--points" not in sys.argv:  # which ends well, whatever the score
         raise
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = Path(__file__).resolve().parent
 SLOW = "--slow" in sys.argv  # also the tests that take minutes
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # models as small as these only lose by sharing their work among threads
@@ -1043,7 +1043,7 @@ class Scripts(Case):
                 folder, name, "accuracies.json")] for name in "pr"]])
 
         folders = ["whole", "name", *[f"random{i}" for i in range(10 if SLOW else 1)]]
-        code = f"import sys; sys.path.insert(0, {HERE!r}); import test_all\n"
+        code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_all\n"
         printed = self.python("-c", f"{code}print(*map(test_all.run_killed, {folders}))")
         kills = list(map(int, printed.split()))
         self.assertTrue(kills[0] == 0 and kills[1] > 5 and min(kills[2:]) > 0, kills)
@@ -1101,13 +1101,11 @@ class Scripts(Case):
     def test_a_file_damaged_at_any_byte(self):
         """It is refused, or what it holds is right all the same."""
         model.save("good.pt", dict(x=torch.arange(5.0), y="text"))
-        with open("good.pt", "rb") as f:
-            good, rng = f.read(), np.random.default_rng(0)
+        good, rng = Path("good.pt").read_bytes(), np.random.default_rng(0)
         for i in range(0, len(good), 1 if SLOW else 7):
             flipped = good[:i] + bytes([good[i] ^ 1 << rng.integers(8)]) + good[i + 1 :]
             for contents in (good[:i], flipped):
-                with open("bad.pt", "wb") as f:
-                    f.write(contents)
+                Path("bad.pt").write_bytes(contents)
                 with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
                     got = every_number(model.load("bad.pt"))
                     self.assertEqual(got, '{"x": [0.0, 1.0, 2.0, 3.0, 4.0], "y": "text"}')
@@ -1123,8 +1121,8 @@ class Scripts(Case):
                 self.fails(script.main, [f"--{option}"], option.split("=")[0])
         self.fails(ppo.main, ["--explain", "--fresh"], "leave out --fresh")
         self.assertEqual(os.listdir(), ["p"], "nothing was written")
-        with open("file", "w"):
-            self.fails(pretrain.main, [*PRETRAIN, "--out", "file/run"], "cannot write to file/run")
+        Path("file").touch()
+        self.fails(pretrain.main, [*PRETRAIN, "--out", "file/run"], "cannot write to file/run")
 
     def test_help(self):
         """Each script's --help has all its options; analyze.py alone names its verbs."""
@@ -1154,9 +1152,9 @@ class Scripts(Case):
             self.assertRegex(name, r"^[\w.-]{1,80}$")
             names.add(name)
         self.assertEqual(len(names), 4, "a device or a path does not change a run")
-        shipped = os.path.join(HERE, "assets", "pretrained", "n5_seed0.pt")
-        self.assertEqual(os.path.normpath(ppo.parse_args([])[1].checkpoint), shipped)
-        self.assertEqual(str(analyze.ASSETS), os.path.join(os.path.realpath(HERE), "assets"))
+        shipped = HERE / "assets/pretrained/n5_seed0.pt"
+        self.assertEqual(Path(ppo.parse_args([])[1].checkpoint), shipped)
+        self.assertEqual(analyze.ASSETS, HERE / "assets")
 
     def test_the_other_task_and_explain(self):
         """Subtraction from end to end, without its name anywhere but in data.py."""
@@ -1252,8 +1250,8 @@ class Analyze(Case):
         for out in ("one", "two"):
             quiet(analyze.main, ["report", "--runs", "runs", "--out", out])
         for name in os.listdir("one"):
-            with open(f"one/{name}", "rb") as f, open(f"two/{name}", "rb") as g:
-                self.assertTrue(f.read() == g.read(), f"{name} is another one the second time")
+            same = Path("one", name).read_bytes() == Path("two", name).read_bytes()
+            self.assertTrue(same, f"{name} is another one the second time")
         self.assertIn("+20.0 [-4.8, +44.8]", text_of("one/README.md"))
         shutil.rmtree("runs/exponent/alpha3_model2")
         self.fails(analyze.main, ["compare", "runs/exponent/*"], "m2")
@@ -1350,9 +1348,8 @@ class Solutions(Case):
         for x in EXERCISES:
             ours, theirs = (function_node(text_of(folder, x.file), x) for folder in (HERE, "copy"))
             self.assertEqual(ast.get_docstring(theirs), ast.get_docstring(ours))
-        path = os.path.join(HERE, "test_all.py")
         code = f"""import runpy, test_all, torch; from test_all import *
-find = runpy.run_path({path!r})["find_solutions"]
+find = runpy.run_path({str(HERE / "test_all.py")!r})["find_solutions"]
 print(len(EXERCISES), sum(len(x.right) + len(x.slips) for x in EXERCISES), find([
     data, model, kl, pretrain, ppo, analyze, test_all, F, torch.special]))"""
         printed = self.python("-c", code, folder="copy")
@@ -1382,8 +1379,7 @@ print(len(EXERCISES), sum(len(x.right) + len(x.slips) for x in EXERCISES), find(
         got = json.loads(self.python("test_all.py", "--points", "--json", folder="copy"))
         self.assertEqual((got["score"], [x["max_score"] for x in got["tests"]]), (0, [1, 1]))
         for source, score in (("import torch (", 0), (text_of(HERE, "kl.py"), 2)):
-            with open("copy/kl.py", "w", encoding="utf-8") as f:
-                f.write(source)
+            Path("copy/kl.py").write_text(source, encoding="utf-8")
             printed = self.python("test_all.py", "--points", folder="copy")
             self.assertIn(f"{score} of 2 in all", printed)
         self.python("ppo.py", *RL, "--checkpoint", "tiny.pt", "--alpha", "3", folder="copy")
