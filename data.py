@@ -14,8 +14,8 @@ arithmetic to small transformers"):
     </scratch>
     3 9 5
 
-The answer is what follows "Target:". A second task, "subtract", shows where another one goes:
-there (a, b) has b < 0 and is the problem a - |b|.
+The answer is what follows "Target:". A second task, "subtract", shows how to add one: its b is
+negative, and the problem is a - |b|.
 """
 import zlib
 
@@ -116,11 +116,11 @@ def critical_positions(a, b, n_digits):
     """The paper's critical tokens for a model that was pre-trained on 1..n_digits digits, and the
     copied digits: {(line, operand, name): index into prompt + answer}.
 
-    An operand with g > 0 digits more than n_digits has them in lines 1, 2 and 3 (as in the paper's
-    Figure 7). The last 2g tokens of its list are critical, g times a comma and a digit; fewer in a
-    shorter list. "comma1" and "digit1" are next to the "]", "comma2" and "digit2" before them.
-    "copied" is the digit before all these: a model that never saw so long a list often writes the
-    last digit there, '[3,7' for '[3,6,7'. The paper names this error, but not this token.
+    They stand in lines 1, 2 and 3 (as in the paper's Figure 7), in the lists of an operand with
+    g > 0 digits more than n_digits: its last 2g tokens are critical, g times a comma and a digit;
+    fewer in a shorter list. "comma1" and "digit1" are next to the "]", "comma2" and "digit2" before
+    them. "copied" is the digit before all these: a model that never saw so long a list often writes
+    the last digit there, '[3,7' for '[3,6,7'. The paper names this error, but not this token.
     n_digits = 2, 367+28: in '[3,6,7]' 6 is copied, ',7' comma1 and digit1; '[3]' has digit1 alone.
     """
     text, positions = prompt(a, b) + answer(a, b), {}

@@ -13,7 +13,7 @@ def certainty(ref_logits):
     """Eq. 2: J(s) = (H_max - H(pi_ref(.|s))) / H_max with H_max = log V.  (B, T, V) -> (B, T).
 
     1 = certain, 0 = uniform. Two equally likely tokens of V = 4: J = 1 - log 2 / log 4 = 1/2; a
-    token of probability 0 adds nothing to H.
+    token whose probability rounds to 0 adds nothing to H.
     """
     logp = F.log_softmax(ref_logits.float(), -1)
     entropy = -(logp.exp() * logp).sum(-1)  # in nats; from logits, p log p is 0 where p rounds to 0
@@ -23,8 +23,8 @@ def certainty(ref_logits):
 def prioritized_kl(logp, ref_logp, weight):
     """Eq. 1 for each token taken: weight * k2, with weight = J(s)^alpha.  All (B, T) -> (B, T).
 
-    k2 = (log pi - log pi_ref)^2 / 2 (Schulman 2020). On-policy, the mean of its gradient is that of
-    the KL; ref_logp and weight are constants. alpha = 0: every weight is 1, the standard penalty.
+    k2 = (log pi - log pi_ref)^2 / 2 (Schulman 2020). On-policy, its mean gradient is that of the
+    KL; ref_logp and weight are constants. alpha = 0: every weight is 1, the standard penalty.
     logp = -1, ref_logp = -3, weight = 1/2: (1/2) * 2^2 / 2 = 1.
     """
     return weight * (logp - ref_logp) ** 2 / 2

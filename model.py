@@ -26,10 +26,10 @@ PRESETS = {
 @dataclass
 class GPTConfig:
     block_size: int  # the most tokens in a sequence: learned positions 0 .. block_size - 1
+    n_layer: int
+    n_head: int
+    n_embd: int
     vocab_size: int = len(VOCAB)
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
 
 
 def attention(q, k, v, mask):
@@ -65,13 +65,11 @@ class CausalSelfAttention(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        C = config.n_embd
+        self.ln_1 = nn.LayerNorm(C)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = nn.ModuleDict(dict(
-            c_fc=nn.Linear(config.n_embd, 4 * config.n_embd),
-            c_proj=nn.Linear(4 * config.n_embd, config.n_embd),
-        ))
+        self.ln_2 = nn.LayerNorm(C)
+        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(C, 4 * C), c_proj=nn.Linear(4 * C, C)))
 
     def forward(self, x, mask, cache=None):
         x = x + self.attn(self.ln_1(x), mask, cache)
@@ -104,13 +102,12 @@ class GPT(nn.Module):
         # so "the same place, one line up" is found in fewer steps.
         frequency = config.block_size ** (-torch.arange(0, config.n_embd, 2) / config.n_embd)
         angle = torch.arange(config.block_size)[:, None] * frequency
-        with torch.no_grad():
-            self.transformer.wpe.weight.copy_(0.1 * torch.cat([angle.sin(), angle.cos()], 1))
+        self.transformer.wpe.weight.data = 0.1 * torch.cat([angle.sin(), angle.cos()], 1)
 
     def forward(self, idx, offset=0, cache=None):
         """idx (B, T) token ids -> logits (B, T, V) for the next token, hidden states (B, T, C).
 
-        offset: position of the first token, a number or (B, 1). Pre-training draws it at random.
+        offset: added to all positions, a number or (B, 1). Pre-training draws it at random.
         cache: keys and values (n_layer, 2, B, H, S, D). Its first S - T places are those of the
             tokens before idx; the last T are written here. Without a cache S = T.
         """
@@ -173,8 +170,8 @@ def sample(logits, temperature, generator=None):
 def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     """Continue prompts of different lengths, all in one batch.
 
-    All rows start at position 0. Each step adds a token to every row: its prompt's next one while
-    the row is inside its prompt, then what it sampled. So there is never padding to mask.
+    All rows start at position 0. A step gives each row that has not ended one token: the next of
+    its prompt or, after the prompt, a sampled one. So there is never padding to mask.
     prompts: B lists of ids. A row ends where its answer is complete, after max_new_tokens, or with
     the block. Returns ids (B, T), 0 after a row's end, and lengths (B,).
     """

@@ -134,7 +134,7 @@ def rollout(policy, value_head, reference, pairs, args, generator):
         weight = weight * (sure >= 0.9)
     elif args.kl_weight == "oracle":  # a control: free critical tokens and copied digits alone
         weight = 1 - known_critical(texts, pairs, args.digits, mask)
-    return dict(states=states, actions=actions, mask=mask, lengths=n_actions, success=success,
+    return dict(states=states, actions=actions, mask=mask, n_actions=n_actions, success=success,
                 old_logp=token_logp(logits, actions), ref_logp=token_logp(ref_logits, actions),
                 ref_logits=ref_logits, weight=weight, advantages=advantages,
                 returns=advantages + values)
@@ -163,7 +163,7 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
         order = torch.randperm(len(mask), generator=generator, device=mask.device)
         for rows in order.tensor_split(args.minibatches):
             optimizer.zero_grad()
-            for part, T in slices(rows, batch["lengths"]):  # gradients add up over the slices
+            for part, T in slices(rows, batch["n_actions"]):  # gradients add up over the slices
                 b = {name: x[part, :T] for name, x in batch.items() if x.dim() > 1}
                 with autocast(mask.device):
                     logits, hidden = policy(b["states"])
@@ -171,8 +171,8 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
                 all_logp = F.log_softmax(logits, -1)  # (B, T, V)
                 new_logp = token_logp(logits, b["actions"])  # (B, T), as all that follows
                 entropy = -(all_logp.exp() * all_logp).sum(-1)
-                # k2 has the KL's gradient if the policy itself chose the actions. These are the old
-                # policy's: each counts as often as the policy would take it now.
+                # k2 has the KL's gradient if the policy itself chose the actions. The old policy
+                # chose these, so each counts pi / pi_old times.
                 ratio = ((new_logp.detach() - b["old_logp"]) * b["mask"]).exp()
                 penalty = ratio * prioritized_kl(new_logp, b["ref_logp"], b["weight"])
                 # Detached: guesses 400 tokens before the reward would disturb the policy's weights.
@@ -229,19 +229,19 @@ def evaluate(policy, problems, old_problems, temperature):
 
 
 def explain(batch, pairs, args):
-    """Print the penalty of an answer, token by token: a right one, if any, with the costliest of
-    the critical tokens whose k2 the weight at least halves. And the reference's choices there.
+    """Print the penalty of one answer, token by token, and what the reference would have written: a
+    right answer, if there is one, with the largest k2 at a critical token of weight 1/2 or less.
     """
     texts = [data.decode([state[0], *actions[:n]]) for state, actions, n in zip(
-        batch["states"].tolist(), batch["actions"].tolist(), batch["lengths"].tolist())]
+        batch["states"].tolist(), batch["actions"].tolist(), batch["n_actions"].tolist())]
     critical = known_critical(texts, pairs, args.digits, batch["mask"])
     sure = certainty(batch["ref_logits"])
     k2 = prioritized_kl(batch["old_logp"], batch["ref_logp"], 1)
     penalty = prioritized_kl(batch["old_logp"], batch["ref_logp"], batch["weight"])
-    # A right answer, if there is one, comes first. Before the first update every k2 is 0: then the
-    # least certain critical token decides.
+    # Before the first update every k2 is 0: then the least certain critical token decides.
     freed = (k2 * (batch["weight"] <= 0.5) + 1e-6 * (1 - sure)) * critical
-    i = int((freed.amax(1) * (batch["success"] + 1e-6)).argmax())
+    others = batch["success"] < batch["success"].max()  # the wrong answers, if one is right
+    i = int(freed.amax(1).masked_fill(others, -1).argmax())
     (a, b), text = pairs[i], texts[i]
     normalized = normalize(batch["advantages"], batch["mask"])
     loss = -normalized + args.kl_coef * penalty  # ratio 1; without entropy bonus and critic
@@ -297,7 +297,7 @@ def parse_args(argv):
     add("--entropy_coef", type=float, default=0.0005, help="coefficient of the entropy bonus")
     add("--gamma", type=float, default=1.0, help="discount")
     add("--gae_lambda", type=float, default=1.0, help="lambda of GAE; 1: all tokens get the reward")
-    add("--temperature", type=float, default=2.0, help="of sampling and all log-probabilities")
+    add("--temperature", type=float, default=2.0, help="of sampling, certainty, loss and KL")
     add = ap.add_argument_group("evaluation").add_argument
     add("--eval_every", type=int, default=5, help="iterations between evaluations")
     add("--eval_problems", type=int, default=64, help="held-out problems for each")

@@ -125,9 +125,9 @@ def sample_problems(n, n_digits, mode, seed, task="add", extra_digits=1):
 def read_ahead(model, pairs, temperature, generator):
     """The first part of the model's answers, in one pass instead of many -> lists of ids.
 
-    The model reads the right answers and samples a token after each of their tokens. Up to and with
-    the first that differs, that is what it would have written token by token (up to rounding): each
-    was drawn after the same text. Of a right answer nothing is left to write.
+    The model reads the right answers and samples a token after each of their tokens. Up to the
+    first that differs it has read what it would have written itself. So these tokens, the one that
+    differs included, are its own (up to rounding). Of a right answer nothing is left to write.
     """
     ids, prompt_len, lengths = to_batch(pairs, model.lm_head.weight.device)
     tokens = sample(read(model, ids, lengths)[0], temperature, generator)  # (B, T)
@@ -267,7 +267,7 @@ def check_range(ap, args, low, *names):
             ap.error(f"--{name} must be {low} or more, not {getattr(args, name)}")
 
 
-NOT_SETTINGS = ("checkpoint", "device", "out", "fresh", "explain")  # they change no result
+NOT_SETTINGS = ("checkpoint", "device", "out", "fresh", "explain")  # may change on resuming
 
 
 def default_folder(ap, args, prefix, unnamed):

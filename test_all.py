@@ -853,7 +853,7 @@ class PPO(Rollouts):
             logp, ref_logp = ((net(batch["states"])[0] / 1.5).log_softmax(-1).gather(
                 -1, batch["actions"][..., None])[..., 0] for net in (self.policy, self.reference))
         for i, success in enumerate(batch["success"]):
-            T, start = int(batch["lengths"][i]), len(data.prompt(*self.pairs[i])) - 1
+            T, start = int(batch["n_actions"][i]), len(data.prompt(*self.pairs[i])) - 1
             mask = [float(start <= t < T) for t in range(batch["mask"].shape[1])]
             self.assertEqual(batch["mask"][i].tolist(), mask)
             returns = success * 0.99 ** torch.arange(T - start - 1, -1, -1.0)
@@ -913,7 +913,7 @@ class PPO(Rollouts):
         batch = {name: x[:, None].expand(40, T) for name, x in dict(
             actions=torch.arange(40), old_logp=old_logp, ref_logp=ref_logp, returns=none,
             weight=40 * old_logp.exp(), advantages=none).items()}
-        batch |= dict(states=state.expand(40, T), mask=mask, lengths=torch.full((40,), T),
+        batch |= dict(states=state.expand(40, T), mask=mask, n_actions=torch.full((40,), T),
                       ref_logits=ref_logp.expand(40, T, 40))
         _, got = self.update(batch, kl_coef=0.001)
         pi, ref = (torch.distributions.Categorical(logits=x) for x in (
@@ -950,7 +950,7 @@ class PPO(Rollouts):
         batch, before = self.rollout(), every_number(self.policy.state_dict())
         for name, bad in (("advantages", math.nan), ("ref_logp", math.inf), ("returns", math.inf)):
             wrong = batch[name].clone()
-            wrong[3, batch["lengths"][3] - 1] = bad
+            wrong[3, batch["n_actions"][3] - 1] = bad
             self.fails(lambda x: self.update(x, lr=1.0), batch | {name: wrong}, "at this update")
             self.assertEqual(every_number(self.policy.state_dict()), before)
 
@@ -973,9 +973,10 @@ class PPO(Rollouts):
         batch = self.rollout()
         batch |= dict(weight=batch["mask"] / 2, **{name: torch.zeros_like(batch[name]) for name in (
             "ref_logits", "old_logp", "ref_logp", "advantages")})
-        batch["ref_logp"][1, data.critical_positions(45, 1, 1)[1, 1, "comma1"] - 1] = -2.0
+        batch["success"][2], comma = 0, data.critical_positions(45, 1, 1)[1, 1, "comma1"] - 1
+        batch["ref_logp"][1:, comma] = torch.tensor([-2.0, -3.0])  # the last answer is wrong
         batch["ref_logp"][0, 40] = -3.0  # costs more, at a token that is not critical
-        _, printed = quiet(ppo.explain, batch, self.pairs, self.args)
+        printed = quiet(ppo.explain, batch, self.pairs, self.args)[1]
         self.assertIn("Input:\n45+1\nTarget:", printed)
         row = [line.split() for line in printed.splitlines() if line.startswith("* line 1")][1]
         row = " ".join(row[5:])  # the last is the loss, kl_coef 0.5 * weight 0.5 * k2 2
