@@ -18,7 +18,6 @@ from data import VOCAB, decode, is_complete
 PRESETS = {
     "small": dict(n_layer=4, n_head=4, n_embd=128),  # 0.9M parameters: minutes on a laptop
     "narrow": dict(n_layer=4, n_head=4, n_embd=64),
-    "wide": dict(n_layer=4, n_head=4, n_embd=256),
     "paper": dict(n_layer=12, n_head=12, n_embd=768),  # 85M parameters: for a GPU
 }
 
