@@ -1256,7 +1256,7 @@ class Analyze(Case):
         shutil.rmtree("runs/exponent/alpha3_model2")
         self.fails(analyze.main, ["compare", "runs/exponent/*"], "m2")
         os.remove("runs/exponent/alpha0_model0/accuracies.json")
-        for argv in ["compare", "runs/exponent/*"], ["report", "--runs", "runs"]:
+        for argv in ["compare", "runs/exponent/*"], ["report", "--runs", "runs", "--out", "one"]:
             self.fails(analyze.main, argv, "alpha0_model0 is not a finished run")
 
 
