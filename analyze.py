@@ -34,7 +34,7 @@ plt.switch_backend("Agg")  # pictures go to files: no screen is needed
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3})
 
 # ------------------------------------------------------------------ statistics
-T_QUANTILES = (  # 97.5% points of Student's t for 1, 2, ... 30 degrees of freedom
+T_QUANTILES = (  # 97.5% points of Student's t for 1 to 30 degrees of freedom; more count as 30
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
     2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
     2.052, 2.048, 2.045, 2.042)
