@@ -360,6 +360,21 @@ def compare_text(settings):
     return f"{table(['setting', 'models', *OUTCOMES, 'KL'], *rows)}\n\n{lines}"
 
 
+def at_equal_kl(settings):
+    """A line a setting: what it learned more than the standard penalty does at the same KL. That is
+    interpolated for each model, over log KL, between all coefficients of alpha 0 and no penalty.
+    """
+    text, measured = "", {label: [outcomes(setting, name) for name in ("KL", "identical N+k")]
+                          for label, setting in settings.items()}
+    standard = [x for label, x in measured.items() if re.match("alpha 0|no penalty", label)]
+    for label, (kl, learned) in measured.items():
+        if [kl, learned] not in standard:
+            curves = {m: sorted((math.log(x[m]), y[m]) for x, y in standard) for m in kl}
+            more = [learned[m] - np.interp(math.log(kl[m]), *zip(*curves[m])) for m in kl]
+            text += f"- {label} against alpha 0 at the same KL: identical N+k {verdict(more)}\n"
+    return text
+
+
 def draw_compare(settings):
     """OUTCOMES against alpha if only it differs (the paper's Figure 6), else against the KL."""
     x_name, scale = "KL", dict(value="log", subs=[2, 5])
@@ -435,7 +450,8 @@ def report(args):
         figure = draw_curves(settings, view) if view else draw_compare(settings)
         save_figure(figure, args.out, f"{name}.png")
         commands = "\n".join(command(next(iter(x.values()))[0]) for x in settings.values())
-        text += f"{compare_text(settings)}\n![{name}]({name}.png)\n\n```\n{commands}\n```\n"
+        text += f"{compare_text(settings)}{at_equal_kl(settings) if name == 'kl' else ''}\n"
+        text += f"![{name}]({name}.png)\n\n```\n{commands}\n```\n"
     (args.out / "README.md").write_text(text)
 
 

@@ -95,8 +95,7 @@ def quiet(f, *args):
     """Call f with its printing kept back -> (what it returned, what it printed)."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        result = f(*args)
-    return result, out.getvalue()
+        return f(*args), out.getvalue()
 
 
 def seeded(seed=0):
@@ -700,8 +699,7 @@ class Model(Case):
             ids, lengths = generate(net, prompts, 200, temperature, seeded())
             self.assertEqual([data.decode(row[:n]) for row, n in zip(ids, lengths)], [text] * 5)
         self.assertFalse(generate(net, prompts[3:4], 9, 0)[0][:, len(text) :].any())
-        lengths = generate(net, prompts, 10, 0)[1]
-        self.assertEqual(lengths.tolist(), [30, 11, len(text), len(text), 50])
+        self.assertEqual(generate(net, prompts, 10, 0)[1].tolist(), [30, 11, *[len(text)] * 2, 50])
         ids, lengths = generate(tiny_model(block_size=25), [[5] * 20, [5] * 25], 200, 0)
         self.assertEqual((lengths.tolist(), ids.shape), ([25, 25], (2, 25)), "the block ends")
 
@@ -979,8 +977,8 @@ class PPO(Rollouts):
         printed = quiet(ppo.explain, batch, self.pairs, self.args)[1]
         self.assertIn("Input:\n45+1\nTarget:", printed)
         row = [line.split() for line in printed.splitlines() if line.startswith("* line 1")][1]
-        row = " ".join(row[5:])  # the last is the loss, kl_coef 0.5 * weight 0.5 * k2 2
-        self.assertEqual(row, "',' -2.0000 0.0000 2.000 0.0000 0.500 1.0000 0.000 0.500")
+        expected = "',' -2.0000 0.0000 2.000 0.0000 0.500 1.0000 0.000 0.500".split()
+        self.assertEqual(row[5:], expected)  # the last is the loss, kl_coef 0.5 * weight 0.5 * k2 2
         self.assertRegex(printed, r"entropy H .*3\.6889.* = 0\.0000")  # log 40, J
         self.assertLessEqual(max(map(len, printed.splitlines())), 100)
 
@@ -1076,8 +1074,7 @@ class Scripts(Case):
         with mock.patch(**SAVE_EACH_TIME), mock.patch("pretrain.answer_loss", lambda *args: (
                 math.nan if next(steps) == 137 else 1) * loss(*args)):
             self.fails(pretrain.main, PRETRAIN, "loss is nan at step 200; lower --lr")
-        self.assertEqual(model.load("p/state.pt")["step"], 100)
-        self.assertEqual([row["step"] for row in read_log("p")], ["100"])
+        self.assertEqual((len(read_log("p")), model.load("p/state.pt")["step"]), (1, 100))
         self.assertFalse(os.path.exists("p/model.pt"))
         quiet(pretrain.main, PRETRAIN)  # goes on from step 100
         with mock.patch(**SAVE_EACH_TIME), mock.patch("ppo.gae", lambda *x: gae(*x) * math.inf):
@@ -1122,8 +1119,7 @@ class Scripts(Case):
                 self.fails(script.main, [f"--{option}"], option.split("=")[0])
         self.fails(ppo.main, ["--explain", "--fresh"], "leave out --fresh")
         self.assertEqual(os.listdir(), ["p"], "nothing was written")
-        Path("file").touch()
-        self.fails(pretrain.main, [*PRETRAIN, "--out", "file/run"], "cannot write to file/run")
+        self.fails(pretrain.main, [*PRETRAIN, "--out", f"{__file__}/run"], "cannot write to")
 
     def test_help(self):
         """Each script's --help has all its options; analyze.py alone names its verbs."""
@@ -1148,9 +1144,8 @@ class Scripts(Case):
                         "--seed 7 --alpha 9 --lr 3e-05 --clip 0.15 --kl_coef 0.025 --episodes 128 "
                         "--minibatches 16 --temperature 1.25"):
             ap, args = ppo.parse_args(options.split())
-            folder, name = os.path.split(pretrain.default_folder(ap, args, "ppo_n5_model0", ()))
-            self.assertEqual(folder, "out")
-            self.assertRegex(name, r"^[\w.-]{1,80}$")
+            name = pretrain.default_folder(ap, args, "ppo_n5_model0", ())
+            self.assertRegex(name, r"^out[/\\][\w.-]{1,80}$")
             names.add(name)
         self.assertEqual(len(names), 4, "a device or a path does not change a run")
         shipped = HERE / "assets/pretrained/n5_seed0.pt"
@@ -1207,11 +1202,16 @@ class Analyze(Case):
 
     def test_the_interval_covers_95_percent_with_five_models(self):
         """Of 4,000 samples."""
-        covered = []
-        for sample in np.random.default_rng(0).normal(3, 2, (4000, 5)):
-            _, low, high = analyze.interval(sample)
-            covered.append(low <= 3 <= high)
+        samples = np.random.default_rng(0).normal(3, 2, (4000, 5))
+        covered = [low <= 3 <= high for _, low, high in map(analyze.interval, samples)]
         self.assertAlmostEqual(np.mean(covered), 0.95, delta=0.012)  # 3.5 standard errors
+
+    def test_at_equal_kl(self):
+        """KL 2 is halfway from 1 to 4: alpha 0 has 30 and 35 points there, alpha 3 2 and 4 more."""
+        self.patch("analyze.outcomes", lambda setting, name: dict(enumerate(setting[name == "KL"])))
+        text = analyze.at_equal_kl({"no penalty": [(50, 40), (4, 4)], "alpha 0": [(10, 30), (1, 1)],
+                                    "alpha 3": [(32, 39), (2, 2)]})  # 3 -+ 12.706
+        self.assertRegex(text, r"^- alpha 3 .*: \+3.0 \[-9.7, \+15.7\] points, p = 0.500\n$")
 
     def test_classes_of_failures(self):
         one, known = WORKED.index("[3,6,7]"), analyze.token_classes(367, 28, 2)
