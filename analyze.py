@@ -361,8 +361,8 @@ def compare_text(settings):
 
 
 def at_equal_kl(settings):
-    """A line a setting: what it learned more than the standard penalty at the same KL, for each model
-    interpolated over log KL between alpha 0's coefficients and no penalty, constant beyond them.
+    """A line a setting: what it learned more than the standard penalty at the same KL: for each
+    model, between alpha 0's coefficients and no penalty, linear in log KL; constant beyond them.
     """
     text, measured = "", {label: [outcomes(setting, name) for name in ("KL", "identical N+k")]
                           for label, setting in settings.items()}
