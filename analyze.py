@@ -404,8 +404,7 @@ def compare(args):
 # ------------------------------------------------------------------ report
 SECTIONS = [  # figure; question; runs, the first setting is what others are compared with; view
     ("exponent", "Does weighting by certainty^alpha help?", "exponent/*", ""),
-    ("learning", "How fast is it learned?",
-     "exponent/alpha[03]_* exponent/alpha100_* less/none_*", "nk_identical"),
+    ("learning", "How fast is it learned?", "*/alpha[03]_m* */alpha100_* less/n*", "nk_identical"),
     ("less", "More than a smaller coefficient?", "exponent/alpha3_* exponent/alpha0_* less/*", ""),
     ("free", "Is a large alpha more than no penalty?", "less/none_* exponent/alpha10*_*", ""),
     ("half", "And with half the coefficient?", "less/alpha0_half_* less/alpha3_half_*", ""),
@@ -413,7 +412,8 @@ SECTIONS = [  # figure; question; runs, the first setting is what others are com
     ("places3", "Does it matter which tokens are freed?", "exponent/alpha3_* places/*3_*", ""),
     ("places100", "And at alpha 100?", "exponent/alpha100_* places/*100_*", ""),
     ("oracle", "The idea or the detector?", "places/oracle_* exponent/alpha[03]_*", ""),
-    ("kl", "Is it how far the policy moves?", "exponent/alpha0_* exponent/* less/* places/*", "")]
+    ("kl", "Is it how far the policy moves?", "exponent/alpha0_* exponent/* less/* places/*", ""),
+    ("high_lr", "Where is a penalty needed? (--lr 5e-4)", "high_lr/alpha0_0.1_* high_lr/*", "")]
 
 
 def command(run):
