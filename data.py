@@ -77,7 +77,7 @@ def is_complete(text):
 
 def grade(text, a, b):
     """True if the line after "</scratch>" is a + b, its digits separated by single spaces:
-    grade("...</scratch>\\n3 9 5\\n", 367, 28) is True, whatever stands before it.
+    grade("...</scratch>\\n3 9 5\\n", 367, 28) is True, whether the working is right or not.
     """
     result, line_break, _ = text.partition("</scratch>\n")[2].partition("\n")
     return line_break == "\n" and result == " ".join(str(a + b))

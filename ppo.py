@@ -175,7 +175,7 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
                 # chose these, so each counts pi / pi_old times.
                 ratio = ((new_logp.detach() - b["old_logp"]) * b["mask"]).exp()
                 penalty = ratio * prioritized_kl(new_logp, b["ref_logp"], b["weight"])
-                # Detached: guesses 400 tokens before the reward would disturb the policy's weights.
+                # Detached: the critic's guesses 400 tokens ahead would disturb the policy's weights.
                 value_loss = (value_head(hidden.detach()) - b["returns"]) ** 2 / 2
                 loss = ppo_loss(new_logp, b["old_logp"], b["advantages"], b["mask"], args.clip)
                 loss = loss + masked_mean(args.kl_coef * penalty - args.entropy_coef * entropy
@@ -247,7 +247,7 @@ def explain(batch, pairs, args):
     loss = -normalized + args.kl_coef * penalty  # ratio 1; without entropy bonus and critic
     print(f"\n{text}\nreward {batch['success'][i]:.0f} ({data.describe_error(text, a, b)}); mean "
           f"reward of {len(pairs)} episodes {batch['success'].mean():.2f}\n\n"
-          "* a critical token or copied digit; not shown: tokens where both models are sure\n"
+          "* a critical token or copied digit; not shown: the reference is sure, k2 is small\n"
           "loss = -advantage (normalized) + kl_coef * weight * k2\n\n"
           "  place             token logp_ref    logp     k2 certainty weight penalty advantage    "
           "loss")

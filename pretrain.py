@@ -126,8 +126,8 @@ def read_ahead(model, pairs, temperature, generator):
     """The first part of the model's answers, in one pass instead of many -> lists of ids.
 
     The model reads the right answers and samples a token after each of their tokens. Up to the
-    first that differs it has read what it would have written itself. So these tokens, the one that
-    differs included, are its own (up to rounding). Of a right answer nothing is left to write.
+    first that differs, it has read what it would have written itself. So these tokens, the one that
+    differs included, are its own (up to rounding). A right answer is then complete.
     """
     ids, prompt_len, lengths = to_batch(pairs, model.lm_head.weight.device)
     tokens = sample(read(model, ids, lengths)[0], temperature, generator)  # (B, T)
