@@ -408,12 +408,12 @@ SECTIONS = [  # figure; question; runs, the first setting is what others are com
     ("less", "More than a smaller coefficient?", "exponent/alpha3_* exponent/alpha0_* less/*", ""),
     ("free", "Is a large alpha more than no penalty?", "less/none_* exponent/alpha10*_*", ""),
     ("half", "And with half the coefficient?", "less/alpha0_half_* less/alpha3_half_*", ""),
-    ("coefficient", "What does less of it do alone?", "exponent/alpha0_* less/alpha*", ""),
     ("places3", "Does it matter which tokens are freed?", "exponent/alpha3_* places/*3_*", ""),
     ("places100", "And at alpha 100?", "exponent/alpha100_* places/*100_*", ""),
     ("oracle", "The idea or the detector?", "places/oracle_* exponent/alpha[03]_*", ""),
     ("kl", "Is it how far the policy moves?", "exponent/alpha0_* exponent/* less/* places/*", ""),
-    ("high_lr", "Where is a penalty needed? (--lr 5e-4)", "high_lr/alpha0_0.1_* high_lr/*", "")]
+    ("high_lr", "Where is a penalty needed? (--lr 5e-4)", "high_lr/*0.1_* high_lr/none_*", ""),
+    ("high_lr_less", "And half of it at 5e-4?", "high_lr/alpha3*[04-7] high_lr/a*[04-7]", "")]
 
 
 def command(run):
