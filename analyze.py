@@ -413,7 +413,7 @@ SECTIONS = [  # figure; question; runs, the first setting is what others are com
     ("oracle", "The idea or the detector?", "places/oracle_* exponent/alpha[03]_*", ""),
     ("kl", "Is it how far the policy moves?", "exponent/alpha0_* exponent/* less/* places/*", ""),
     ("high_lr", "Where is a penalty needed? (--lr 5e-4)", "high_lr/*0.1_* high_lr/none_*", ""),
-    ("high_lr_less", "And half of it at 5e-4?", "high_lr/alpha3*[04-7] high_lr/a*[04-7]", "")]
+    ("high_lr_less", "And half of it at 5e-4?", "high_lr/alpha3*[04-7] high_lr/*[04-7]", "")]
 
 
 def command(run):
