@@ -175,7 +175,7 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
                 # chose these, so each counts pi / pi_old times.
                 ratio = ((new_logp.detach() - b["old_logp"]) * b["mask"]).exp()
                 penalty = ratio * prioritized_kl(new_logp, b["ref_logp"], b["weight"])
-                # Detached: the critic's guesses 400 tokens ahead would disturb the policy's weights.
+                # Detached: the critic's guesses, 400 tokens ahead, would disturb the policy.
                 value_loss = (value_head(hidden.detach()) - b["returns"]) ** 2 / 2
                 loss = ppo_loss(new_logp, b["old_logp"], b["advantages"], b["mask"], args.clip)
                 loss = loss + masked_mean(args.kl_coef * penalty - args.entropy_coef * entropy
