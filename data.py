@@ -19,6 +19,8 @@ negative, and the problem is a - |b|.
 """
 import zlib
 
+import numpy as np
+
 TASKS = ("add", "subtract")
 VOCAB = "\n +,-/:<=>[]0123456789ACDEINTaceghnprstu"  # every character of the format; V = 40
 
@@ -95,12 +97,13 @@ def place(a, b, index):
     "tag". Before line 1 stand 4 others: "Input:", the problem, "Target:" and "<scratch>".
     """
     text = prompt(a, b) + answer(a, b)
-    *above, line = text[:index].split("\n")
-    if len(above) < 4 or text[index - len(line) :].startswith("</scratch>"):
+    *above, line = text[:index].split("\n")  # `line`: its part before the index
+    if len(above) < 4 or text.startswith("</scratch>", index - len(line)):
         return "tag"
     if "</scratch>" in above:
         return "result"
-    return f"line {len(above) - 3}, {('operand 1', 'operand 2', 'sum', 'sum')[line.count(']')]}"
+    lists_before = min(line.count("]"), 2)  # the third list, A, belongs to the sum
+    return f"line {len(above) - 3}, {('operand 1', 'operand 2', 'sum')[lists_before]}"
 
 
 def describe_error(text, a, b):
@@ -181,3 +184,17 @@ def sample_pair(rng, n_digits, mode, extra_digits=1, test=False, task="add"):
             a, b = max(a, b), -min(a, b)
         if held_out(a, b) == test and (b < 0) == (task == "subtract"):  # never a-0: it reads a+0
             return a, b
+
+
+def sample_problems(n, n_digits, mode, seed, task="add", extra_digits=1):
+    """n different held-out problems [(a, b)], the same for the same seed; all, if there are fewer.
+
+    There are 6 of two 1-digit numbers. All are found when many draws bring no new one.
+    """
+    rng = np.random.default_rng([seed, n_digits])
+    problems, repeats = {}, 0  # a dict, as its keys keep their order
+    while len(problems) < n and repeats < 100 + 20 * len(problems):
+        pair = sample_pair(rng, n_digits, mode, extra_digits, test=True, task=task)
+        repeats = repeats + 1 if pair in problems else 0
+        problems[pair] = None
+    return list(problems)

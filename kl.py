@@ -13,10 +13,11 @@ def certainty(ref_logits):
     """Eq. 2: J(s) = (H_max - H(pi_ref(.|s))) / H_max with H_max = log V.  (B, T, V) -> (B, T).
 
     1 = certain, 0 = uniform. Two equally likely tokens of V = 4: J = 1 - log 2 / log 4 = 1/2; a
-    token whose probability rounds to 0 adds nothing to H.
+    token of probability 0, even one with a logit of -inf, adds nothing to H.
     """
     logp = F.log_softmax(ref_logits.float(), -1)
-    entropy = -(logp.exp() * logp).sum(-1)  # in nats; from logits, p log p is 0 where p rounds to 0
+    p = logp.exp()
+    entropy = -(p * logp.masked_fill(p == 0, 0)).sum(-1)  # in nats; p log p is 0 where p is 0
     return (1 - entropy / math.log(ref_logits.shape[-1])).clamp(0, 1)  # against rounding
 
 

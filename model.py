@@ -1,18 +1,20 @@
-"""GPT-2 as in nanoGPT, with its parameter names; generation with a cache; checkpoints.
+"""GPT-2 as in nanoGPT, with its parameter names; how it reads, writes and solves; checkpoints.
 
 B sequences, T tokens, V vocabulary, C embedding width, H attention heads of width D = C / H.
 """
+import itertools
 import math
 import os
-import sys
 import zipfile
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 
+import data
 from data import VOCAB, decode, is_complete
 
 PRESETS = {
@@ -51,8 +53,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, mask, cache=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv  # (B, H, T, D) each
+        qkv = self.c_attn(x)  # (B, T, 3C): queries, keys and values, each of all heads
+        qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        q, k, v = qkv
         if cache is not None:  # the new keys and values fill its last T places
             cache[..., -T:, :] = qkv[1:]
             k, v = cache
@@ -106,24 +110,38 @@ class GPT(nn.Module):
     def forward(self, idx, offset=0, cache=None):
         """idx (B, T) token ids -> logits (B, T, V) for the next token, hidden states (B, T, C).
 
+        ValueError if the tokens, those in the cache included, are more than the block holds.
+
         offset: added to all positions, a number or (B, 1). Pre-training draws it at random.
         cache: keys and values (n_layer, 2, B, H, S, D). Its first S - T places are those of the
             tokens before idx; the last T are written here. Without a cache S = T.
         """
         T = idx.shape[1]
         S = T if cache is None else cache.shape[4]
-        assert S <= self.config.block_size, f"{S} tokens, a block of {self.config.block_size}"
+        if S > self.config.block_size:
+            raise ValueError(f"{S} tokens do not fit into a block of {self.config.block_size}")
         pos = torch.arange(S - T, S, device=idx.device) + offset
-        mask = torch.full((T, S), float("-inf"), device=idx.device).triu(S - T + 1)  # causal
+        # Token i of the last T may look at all S - T before them, and at the first i + 1 of the T.
+        causal = torch.full((T, S), float("-inf"), device=idx.device).triu(S - T + 1)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, mask, None if cache is None else cache[i])
-        hidden = self.transformer.ln_f(x).float()
+            x = block(x, causal, None if cache is None else cache[i])
+        hidden = self.transformer.ln_f(x)
         with torch.autocast(idx.device.type, enabled=False):  # bfloat16 rounds logits of 10 to 1/16
             return self.lm_head(hidden), hidden
 
 
-# ------------------------------------------------------------------ reading and writing text
+# ------------------------------------------------------------------ text and tensors
+def to_batch(pairs, device):
+    """Worked problems -> ids (B, T), prompt_len (B,), lengths (B,); 0 after a row's end."""
+    prompts = [data.prompt(a, b) for a, b in pairs]
+    texts = [prompt + data.answer(a, b) for prompt, (a, b) in zip(prompts, pairs)]
+    ids = pad_sequence([torch.tensor(data.encode(text)) for text in texts], batch_first=True)
+    prompt_len = torch.tensor([len(prompt) for prompt in prompts])
+    lengths = torch.tensor([len(text) for text in texts])
+    return ids.to(device), prompt_len.to(device), lengths.to(device)
+
+
 def split_actions(ids, prompt_len, lengths):
     """Texts as states and actions: the action in state ids[:, :t+1] is the next token, ids[:, t+1].
 
@@ -135,20 +153,30 @@ def split_actions(ids, prompt_len, lengths):
     return ids[:, :-1], ids[:, 1:], mask.float()
 
 
-def slices(rows, lengths):
-    """-> [(indices of rows of like length, T)]: the first T tokens hold these rows' texts.
+def token_logp(logits, actions):
+    """Log-probability of each action: logits (B, T, V), actions (B, T) -> (B, T)."""
+    return F.log_softmax(logits, -1).gather(-1, actions[..., None])[..., 0]
 
-    As many rows as fit a CPU's cache or a GPU's memory. T is a multiple of 32: few shapes.
+
+def slices(rows, lengths):
+    """Cut rows (indices) into slices of like length: yields (rows of the slice, T).
+
+    The first T tokens hold the slice's texts. A slice has as many rows as fit a CPU's cache or a
+    GPU's memory. T is a multiple of 32: few shapes.
     """
-    parts = rows[lengths[rows].argsort(stable=True)].split(8 if rows.device.type == "cpu" else 64)
-    return [(part, math.ceil(int(lengths[part].max()) / 32) * 32) for part in parts]
+    size = 8 if rows.device.type == "cpu" else 64
+    by_length = rows[lengths[rows].argsort(stable=True)]
+    for part in by_length.split(size):
+        longest = int(lengths[part].max())
+        yield part, math.ceil(longest / 32) * 32
 
 
 @torch.no_grad()
 def read(model, ids, lengths, temperature=1.0):
     """ids (B, T), lengths (B,) -> logits / temperature (B, T, V) and hidden states (B, T, C)."""
-    logits = torch.zeros(*ids.shape, model.config.vocab_size, device=ids.device)
-    hidden = torch.zeros(*ids.shape, model.config.n_embd, device=ids.device)
+    weight = model.lm_head.weight  # (V, C)
+    logits = torch.zeros(*ids.shape, len(weight), dtype=weight.dtype, device=ids.device)
+    hidden = torch.zeros(*ids.shape, model.config.n_embd, dtype=weight.dtype, device=ids.device)
     for rows, T in slices(torch.arange(len(ids), device=ids.device), lengths):
         with autocast(ids.device):
             logits[rows, :T], hidden[rows, :T] = model(ids[rows, :T])
@@ -174,7 +202,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     prompts: B lists of ids. A row ends where its answer is complete, after max_new_tokens, or with
     the block. Returns ids (B, T), 0 after a row's end, and lengths (B,).
     """
-    config, device = model.config, model.lm_head.weight.device
+    config, weight = model.config, model.lm_head.weight
+    device = weight.device
     prompt_len = torch.tensor([len(p) for p in prompts], device=device)
     T = min(config.block_size, max(map(len, prompts)) + max_new_tokens)
     ids = torch.zeros(len(prompts), T, dtype=torch.long, device=device)
@@ -184,7 +213,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     lengths = torch.where(complete, prompt_len, (prompt_len + max_new_tokens).clamp(max=T))
     rows = (~complete).nonzero()[:, 0]  # the rows that have not ended
     shape = (config.n_layer, 2, len(rows), config.n_head, T, config.n_embd // config.n_head)
-    cache = torch.zeros(shape, device=device)
+    cache = torch.zeros(shape, dtype=weight.dtype, device=device)
     start, pos = 0, min(map(len, prompts))  # read so far; tokens start .. pos - 1 are read next
     while len(rows) and pos < T:
         logits, _ = model(ids[rows, start:pos], cache=cache[..., :pos, :])
@@ -200,21 +229,61 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
     return ids, lengths
 
 
-# ------------------------------------------------------------------ devices and checkpoints
-def stop(message):
-    """End the script with one line on stderr and exit code 2, as argparse does."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # above a progress bar, if there is one
-    raise SystemExit(2)
+# ------------------------------------------------------------------ a model answers problems
+def read_ahead(model, pairs, temperature, generator):
+    """The first part of the model's answers, in one pass instead of many -> lists of ids.
+
+    The model reads the right answers and chooses a token after each of their tokens. Up to its
+    first wrong choice it has read what it would have written itself. So the right choices before
+    that one, and that one, are its own (up to rounding). An answer without a wrong one is complete.
+    """
+    ids, prompt_len, lengths = to_batch(pairs, model.lm_head.weight.device)
+    _, right, mask = split_actions(ids, prompt_len, lengths)  # (B, T-1)
+    logits, _ = read(model, ids, lengths)
+    chosen = sample(logits, temperature, generator)[:, :-1]
+    written = torch.where(mask > 0, chosen, right)  # prompt and padding are given
+    n_right = (written == right).cumprod(1).sum(1)  # actions before the first wrong choice
+    n_known = torch.minimum(1 + n_right + 1, lengths)  # token 0, these, and the wrong choice
+    known = torch.cat([ids[:, :1], written], 1)  # action t is token t + 1
+    return [row[:n] for row, n in zip(known.tolist(), n_known.tolist())]
 
 
+def solve(model, pairs, temperature=0, seed=0, batch_size=256):
+    """Let the model answer all problems -> (correct: bool (n,), texts: n prompts + answers)."""
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    texts = []
+    for i in range(0, len(pairs), batch_size):
+        known = read_ahead(model, pairs[i : i + batch_size], temperature, generator)
+        ids, lengths = generate(model, known, model.config.block_size, temperature, generator)
+        texts += [decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
+    return np.array([data.grade(text, a, b) for text, (a, b) in zip(texts, pairs)]), texts
+
+
+def accuracy_table(model, lengths, n_problems, task):
+    """Greedy accuracies on held-out problems, as in the paper's Tables 4 and 5.
+
+    -> {"identical 5": share, "varying 5": ...}, {"identical 5": number of problems, ...}
+    """
+    accuracies, counts = {}, {}
+    for length, mode in itertools.product(lengths, ("identical", "varying")):
+        problems = data.sample_problems(n_problems, length, mode, 1, task)
+        correct, _ = solve(model, problems)
+        accuracies[f"{mode} {length}"] = float(correct.mean())
+        counts[f"{mode} {length}"] = len(problems)
+    return accuracies, counts
+
+
+# ------------------------------------------------------------------ devices, files, checkpoints
 def get_device(name):
-    """'auto' -> cuda, else mps, else cpu. A device that is not there ends the script."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    """'auto' -> cuda, else cpu. ValueError for a device that is not there."""
     if name == "auto":
-        name = next(device for device in there if there[device])
-    if not there.get(name.partition(":")[0]):
-        stop(f"there is no device {name!r} here; try --device cpu")
-    return torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):  # how PyTorch says that there is none
+        raise ValueError(f"there is no device {name!r} here; try cpu") from None
 
 
 def autocast(device):
@@ -225,37 +294,81 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def save(path, contents):
-    """torch.save, with another name first: what is called `path` is always whole."""
-    torch.save(contents, f"{path}.part")
-    os.replace(f"{path}.part", path)
+def read_file(path, parse, way_out):
+    """parse(path). Whatever is wrong with a file ends in an OSError of one line: path, way out."""
+    try:
+        return parse(path)
+    except Exception as error:  # a damaged byte can raise almost anything
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        reason = (reason.splitlines() or ["?"])[0][:120]
+    raise OSError(f"cannot use {path} ({reason}); {way_out}")
+
+
+def write_file(path, write):
+    """write(binary file) under another name first: what is called `path` is always whole.
+
+    The bytes reach the disk before the name does. OSError of one line if they cannot.
+    """
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError on a full disk
+        if os.path.isfile(part):
+            os.remove(part)
+        reason = getattr(error, "strerror", None) or "the disk may be full"
+        raise OSError(f"cannot write {path} ({reason})") from None
 
 
 def load(path):
-    """What `save` wrote, on the CPU. A file that is missing, damaged or foreign ends the script."""
-    try:
-        if zipfile.ZipFile(path).testzip() is None:  # every part has its checksum
-            return torch.load(path, map_location="cpu", weights_only=True)
-        reason = "its checksum is wrong"
-    except Exception as error:  # a damaged byte can raise almost anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    stop(f"cannot load {path} ({reason}); make it again with pretrain.py or ppo.py")
+    """What torch.save wrote, on the CPU. Never runs code; raises on a damaged byte."""
+    damaged = zipfile.ZipFile(path).testzip()  # every part of the file has its checksum
+    if damaged:
+        raise ValueError(f"its part {damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def save_checkpoint(path, model, dtype, **facts):
     """Weights in the dtype, config and vocabulary, and what else explains the checkpoint."""
     weights = {name: p.to("cpu", dtype) for name, p in model.state_dict().items()}
-    save(path, dict(model=weights, config=asdict(model.config), vocab=VOCAB, **facts))
+    contents = dict(model=weights, config=asdict(model.config), vocab=VOCAB, **facts)
+    write_file(path, lambda file: torch.save(contents, file))
 
 
 def load_checkpoint(path, device):
-    """-> (model, in float32; dict of all that was saved)."""
-    facts = load(path)
-    if not isinstance(facts, dict) or facts.get("vocab") != VOCAB:
-        stop(f"{path} is not a model.pt of pretrain.py or ppo.py with the vocabulary of data.py")
-    try:
-        model = GPT(GPTConfig(**facts["config"]))
-        model.load_state_dict(facts["model"])
-    except (KeyError, TypeError, RuntimeError) as error:  # model.py has changed since
-        stop(f"{path} does not fit this code ({type(error).__name__}); pre-train the model again")
-    return model.to(device), facts
+    """-> (model, in float32; dict of all that was saved). OSError if it is no checkpoint of ours.
+
+    What a file says is checked here, once: types, ranges, finite weights.
+    """
+    def check(condition, what):
+        if not condition:
+            raise ValueError(what)
+
+    def is_whole(x, low, high):
+        return type(x) is int and low <= x <= high
+
+    def parse(path):
+        facts = load(path)
+        check(isinstance(facts, dict) and facts.get("vocab") == VOCAB, "no model of this project")
+        config, weights = GPTConfig(**facts["config"]), facts["model"]
+        check(all(is_whole(x, 1, 10**6) for x in asdict(config).values()), "its sizes")
+        shape = tuple(weights["transformer.wpe.weight"].shape)
+        check(shape == (config.block_size, config.n_embd), "its sizes are not its weights'")
+        check(config.n_layer < len(weights), "its layers are not its weights'")
+        check(config.n_embd % (2 * config.n_head) == 0, "its width")
+        check(is_whole(facts["digits"], 1, 1000) and facts["task"] in data.TASKS
+              and data.max_length(facts["digits"], facts["task"]) <= config.block_size, "its task")
+        check(is_whole(facts["seed"], 0, 2**32 - 1) and type(facts["preset"]) is str, "its seed")
+        accuracies = facts["accuracies"]
+        check(type(accuracies) is dict and all(
+            type(name) is str and type(x) in (int, float) and 0 <= x <= 1
+            for name, x in accuracies.items()), "its accuracies")
+        model = GPT(config)
+        model.load_state_dict(weights)
+        check(all(p.isfinite().all() for p in model.parameters()), "a weight is not finite")
+        return model.to(device), facts
+
+    return read_file(path, parse, "give another checkpoint, or make one with pretrain.py")

@@ -9,7 +9,6 @@ B sequences, T actions, V vocabulary. Every (B, T) tensor is aligned to the acti
 import argparse
 import copy
 import functools
-import math
 import sys
 import zlib
 from collections import defaultdict
@@ -19,17 +18,64 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import data
 from kl import certainty, prioritized_kl
-from model import (autocast, generate, get_device, load_checkpoint, read, save_checkpoint, slices,
-                   split_actions)
-from pretrain import (Run, accuracy_table, add_run_options, answer_loss, check_finite, check_range,
-                      default_folder, keep_freed_memory, print_table, sample_problems, solve,
-                      to_batch)
+from model import (accuracy_table, autocast, generate, load_checkpoint, read, save_checkpoint,
+                   slices, solve, split_actions, to_batch, token_logp)
+from pretrain import (RESUMES, Run, add_run_options, answer_loss, check_finite, check_memory,
+                      folder_of, number, print_table, run_script, settings_of, stop)
 
-SHIPPED = str(Path(__file__).resolve().parent / "assets/pretrained/n5_seed0.pt")
+SHIPPED = Path(__file__).resolve().parent / "assets/pretrained/n5_seed0.pt"
+LOG = ("iteration episodes success kl penalty entropy clip_fraction value_loss weight grad_norm "
+       "p_critical p_copied p_l1o1 p_l1o2 p_l2o1 p_l2o2 p_l3o1 p_l3o2 n_identical nk_identical "
+       "nk_varying n_nats").split()  # columns of log.csv
+SHOWN = "success kl penalty entropy value_loss weight p_critical p_copied".split()  # and printed
+
+
+# ------------------------------------------------------------------ settings
+def parse_args(argv):
+    ap = argparse.ArgumentParser(
+        description="Fine-tune a pre-trained model with PPO on additions of N+k digits.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    many, positive = number(int, 1, 10**9), number(float, 0, 1e6)
+    add = ap.add_argument_group("penalty").add_argument
+    add("--alpha", type=positive, default=3.0, help="exponent of the certainty; 0 = standard KL")
+    add("--kl_coef", type=positive, default=0.1, help="coefficient of the penalty; 0 = no penalty")
+    add("--kl_weight", choices=("certainty", "matched", "shuffled", "mask", "oracle"),
+        default="certainty", help="weight of a token's penalty: certainty^alpha, or a control: its "
+        "mean everywhere; dealt out at random; 0 where the certainty is below 0.9; 0 at critical "
+        "tokens and copied digits, else 1")
+    add = ap.add_argument_group("PPO").add_argument
+    add("--extra_digits", type=number(int, 1, 100), default=1, help="k: fine-tune on N+k digits")
+    add("--iterations", type=number(int, 0, 10**9), default=20, help="of rollout and update")
+    add("--episodes", type=number(int, 1, 10**6), default=64, help="answers in a rollout")
+    add("--epochs", type=many, default=1, help="passes over a rollout")
+    add("--minibatches", type=many, default=1, help="optimizer steps a pass")
+    add("--lr", type=number(float, 0, 1), default=1e-4, help="learning rate of the policy (Adam)")
+    add("--value_lr", type=number(float, 0, 1), default=1e-3, help="that of the critic (Adam)")
+    add("--clip", type=positive, default=0.2, help="clip the ratio new/old to 1 +- this")
+    add("--entropy_coef", type=positive, default=0.0005, help="coefficient of the entropy bonus")
+    add("--gamma", type=number(float, 0, 1), default=1.0, help="discount")
+    add("--gae_lambda", type=number(float, 0, 1), default=1.0,
+        help="lambda of GAE; 1: all tokens get the reward")
+    add("--temperature", type=number(float, 1e-3, 1e3), default=2.0,
+        help="of sampling, certainty, loss and KL")
+    add = ap.add_argument_group("evaluation").add_argument
+    add("--eval_every", type=many, default=5, help="iterations between evaluations")
+    add("--eval_problems", type=number(int, 1, 10**5), default=64,
+        help="held-out problems for each")
+    add("--final_problems", type=number(int, 1, 10**5), default=250,
+        help="held-out problems for each final accuracy")
+    group = ap.add_argument_group("run")
+    group.add_argument("--checkpoint", default=str(SHIPPED),
+                       help="the pre-trained model; it sets N, task and size")
+    add_run_options(group)
+    args = ap.parse_args(argv)
+    if args.minibatches > args.episodes:
+        ap.error(f"{args.minibatches} minibatches of {args.episodes} episodes; lower --minibatches")
+    return args
 
 
 # ------------------------------------------------------------------ the algorithm
@@ -84,22 +130,20 @@ def ppo_loss(new_logp, old_logp, advantages, mask, clip):
     return -masked_mean(torch.min(ratio * advantages, clipped * advantages), mask)
 
 
-def token_logp(logits, actions):
-    """Log-probability of each action: logits (B, T, V), actions (B, T) -> (B, T)."""
-    return F.log_softmax(logits, -1).gather(-1, actions[..., None])[..., 0]
-
-
 # ------------------------------------------------------------------ one iteration
-def draw_problems(args, iteration, device):
-    """The iteration's problems [(a, b)] and the generator of its samples: all its randomness."""
+def draw_problems(args, facts, iteration, device):
+    """The iteration's problems [(a, b)] and the generator of its samples: all its randomness.
+
+    facts: of the pre-trained model's checkpoint, with its N ("digits") and task.
+    """
     rng = np.random.default_rng([args.seed, iteration])
-    pairs = [data.sample_pair(rng, args.digits, "rl", args.extra_digits, task=args.task)
+    pairs = [data.sample_pair(rng, facts["digits"], "rl", args.extra_digits, task=facts["task"])
              for _ in range(args.episodes)]
     return pairs, torch.Generator(device).manual_seed(int(rng.integers(2**62)))
 
 
 @torch.no_grad()
-def rollout(policy, value_head, reference, pairs, args, generator):
+def rollout(policy, value_head, reference, pairs, n_digits, args, generator):
     """Let the policy answer all problems, grade and score what it wrote -> dict of tensors."""
     # 1. Write the answers. Their tokens are the actions.
     prompts = [data.encode(data.prompt(a, b)) for a, b in pairs]
@@ -116,39 +160,30 @@ def rollout(policy, value_head, reference, pairs, args, generator):
     rewards[torch.arange(len(pairs), device=ids.device), n_actions - 1] = success
 
     # 3. Score each action under the reference and the policy, both at the sampling temperature.
+    # The policy is read again, as the update will read it: `generate` does not keep its logits,
+    # and always computes in float32, where reading and training use bfloat16 if the hardware can.
+    # The ratio new / old is 1 at first only if both are read alike.
     ref_logits, _ = read(reference, states, n_actions, args.temperature)  # (B, T, V)
     logits, hidden = read(policy, states, n_actions, args.temperature)
     values = value_head(hidden)
     advantages = gae(rewards, values, mask, args.gamma, args.gae_lambda)
 
     # 4. The weight of each token's penalty.
-    sure = certainty(ref_logits)
-    weight = sure**args.alpha  # eq. 1
-    if args.kl_weight == "matched":  # a control: everywhere the mean weight
-        weight = masked_mean(weight, mask).expand_as(mask)
-    elif args.kl_weight == "shuffled":  # a control: the same weights, at other answer tokens
-        answer = weight[mask > 0]
-        order = torch.randperm(len(answer), generator=generator, device=ids.device)
-        weight[mask > 0] = answer[order]
-    elif args.kl_weight == "mask":  # a control: none at all where the reference is not sure
-        weight = weight * (sure >= 0.9)
-    elif args.kl_weight == "oracle":  # a control: free critical tokens and copied digits alone
-        weight = 1 - known_critical(texts, pairs, args.digits, mask)
+    J = certainty(ref_logits)
+    weight = J**args.alpha  # eq. 1
+    if args.kl_weight != "certainty":
+        critical = known_critical(texts, pairs, n_digits, mask)
+        weight = control_weight(args.kl_weight, weight, J, critical, mask, generator)
     return dict(states=states, actions=actions, mask=mask, n_actions=n_actions, success=success,
                 old_logp=token_logp(logits, actions), ref_logp=token_logp(ref_logits, actions),
                 ref_logits=ref_logits, weight=weight, advantages=advantages,
                 returns=advantages + values)
 
 
-def known_critical(texts, pairs, n_digits, mask):
-    """1.0 at the critical tokens and copied digits that a text reaches without an error (B, T)."""
-    critical = torch.zeros_like(mask)
-    for i, (text, (a, b)) in enumerate(zip(texts, pairs)):
-        error = data.first_error(text, a, b)
-        for index in data.critical_positions(a, b, n_digits).values():
-            if error is None or index <= error:
-                critical[i, index - 1] = 1.0  # token i is action i - 1
-    return critical
+def batch_slices(batch, rows):
+    """Yields the batch's rows in slices that fit the cache, without the padding that all share."""
+    for part, T in slices(rows, batch["n_actions"]):
+        yield {name: x[part, :T] for name, x in batch.items() if x.dim() > 1}
 
 
 def update(policy, value_head, optimizer, batch, args, generator, when="this update"):
@@ -163,38 +198,46 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
         order = torch.randperm(len(mask), generator=generator, device=mask.device)
         for rows in order.tensor_split(args.minibatches):
             optimizer.zero_grad()
-            for part, T in slices(rows, batch["n_actions"]):  # gradients add up over the slices
-                b = {name: x[part, :T] for name, x in batch.items() if x.dim() > 1}
+            for part in batch_slices(batch, rows):  # gradients add up over the slices
                 with autocast(mask.device):
-                    logits, hidden = policy(b["states"])
+                    logits, hidden = policy(part["states"])
                 logits = logits / args.temperature
                 all_logp = F.log_softmax(logits, -1)  # (B, T, V)
-                new_logp = token_logp(logits, b["actions"])  # (B, T), as all that follows
-                entropy = -(all_logp.exp() * all_logp).sum(-1)
+                new_logp = token_logp(logits, part["actions"])  # (B, T), as all that follows
+                ratio = ((new_logp.detach() - part["old_logp"]) * part["mask"]).exp()
+
+                policy_loss = ppo_loss(new_logp, part["old_logp"], part["advantages"],
+                                       part["mask"], args.clip)  # a mean; the others are (B, T)
                 # k2 has the KL's gradient if the policy itself chose the actions. The old policy
                 # chose these, so each counts pi / pi_old times.
-                ratio = ((new_logp.detach() - b["old_logp"]) * b["mask"]).exp()
-                penalty = ratio * prioritized_kl(new_logp, b["ref_logp"], b["weight"])
+                penalty = ratio * prioritized_kl(new_logp, part["ref_logp"], part["weight"])
+                entropy = -(all_logp.exp() * all_logp).sum(-1)
                 # Detached: the critic's guesses, 400 tokens ahead, would disturb the policy.
-                value_loss = (value_head(hidden.detach()) - b["returns"]) ** 2 / 2
-                loss = ppo_loss(new_logp, b["old_logp"], b["advantages"], b["mask"], args.clip)
-                loss = loss + masked_mean(args.kl_coef * penalty - args.entropy_coef * entropy
-                                          + value_loss, b["mask"])
-                # The slices' means times their shares add up to the minibatch's mean.
-                share = b["mask"].sum() / mask[rows].sum()
-                (loss * share).backward()
-                with torch.no_grad():
-                    ref_logp = F.log_softmax(b["ref_logits"], -1)
-                    kl = (all_logp.exp() * (all_logp - ref_logp)).sum(-1)  # exact, in nats a token
-                    clipped = ((ratio - 1).abs() > args.clip).float()
-                    for name, x in dict(kl=kl, penalty=penalty, entropy=entropy,
-                                        clip_fraction=clipped, value_loss=value_loss,
-                                        weight=b["weight"]).items():
-                        totals[name] += share * masked_mean(x, b["mask"])
+                value_loss = (value_head(hidden.detach()) - part["returns"]) ** 2 / 2
+                loss = policy_loss + masked_mean(
+                    args.kl_coef * penalty - args.entropy_coef * entropy + value_loss, part["mask"])
+
+                # Means of slices, times their fractions of the tokens, add up to the minibatch's.
+                fraction = part["mask"].sum() / mask[rows].sum()
+                (loss * fraction).backward()
+                for name, x in figures(part, all_logp, ratio, penalty, entropy, value_loss,
+                                       args.clip).items():
+                    totals[name] += fraction * x
             totals["grad_norm"] += nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             check_finite(when, totals)
             optimizer.step()
     return {name: x.item() / (args.epochs * args.minibatches) for name, x in totals.items()}
+
+
+@torch.no_grad()
+def figures(part, all_logp, ratio, penalty, entropy, value_loss, clip):
+    """What is logged of a slice -> {name: mean over its answer tokens}. kl is exact, in nats."""
+    ref_logp = F.log_softmax(part["ref_logits"], -1)
+    kl = (all_logp.exp() * (all_logp - ref_logp)).sum(-1)
+    clipped = ((ratio - 1).abs() > clip).float()
+    columns = dict(kl=kl, penalty=penalty, entropy=entropy, clip_fraction=clipped,
+                   value_loss=value_loss, weight=part["weight"])
+    return {name: masked_mean(x, part["mask"]) for name, x in columns.items()}
 
 
 # ------------------------------------------------------------------ what is watched
@@ -204,204 +247,150 @@ def watch_critical(model, pairs, n_digits, temperature):
     Means over the critical tokens (p_critical), over the copied digits (p_copied), and over the
     last comma of each list (p_l1o1: line 1, operand 1), the six places of the paper's Figure 7.
     """
-    ids, _, lengths = to_batch(pairs, model.lm_head.weight.device)
-    logits, _ = read(model, ids, lengths, temperature)
+    ids, _, _ = to_batch(pairs, model.lm_head.weight.device)
+    places = [data.critical_positions(a, b, n_digits) for a, b in pairs]
+    n_read = torch.tensor([max(x.values()) + 1 for x in places], device=ids.device)  # to the last
+    ids = ids[:, : n_read.max()]
+    logits, _ = read(model, ids, n_read, temperature)
     p = token_logp(logits[:, :-1], ids[:, 1:]).exp().tolist()
     found = defaultdict(list)
-    for i, (a, b) in enumerate(pairs):
-        for (line, operand, name), index in data.critical_positions(a, b, n_digits).items():
-            found["p_copied" if name == "copied" else "p_critical"].append(p[i][index - 1])
+    for row, positions in zip(p, places):
+        for (line, operand, name), index in positions.items():
+            p_right = row[index - 1]  # token i is action i - 1
+            found["p_copied" if name == "copied" else "p_critical"].append(p_right)
             if name == "comma1":
-                found[f"p_l{line}o{operand}"].append(p[i][index - 1])  # token i is action i - 1
+                found[f"p_l{line}o{operand}"].append(p_right)
     return {name: np.mean(x) for name, x in found.items()}
 
 
-def evaluate(policy, problems, old_problems, temperature):
-    """Accuracies on held-out problems {name: pairs}, greedy; on N also sampled; and n_nats, the
-    cross-entropy on right answers of 1..N digits: forgetting shows there first.
+@torch.no_grad()
+def evaluate(policy, problems, old_problems):
+    """Greedy accuracies on held-out problems {name: pairs}, and n_nats, the cross-entropy on right
+    answers of 1..N digits: forgetting shows there first.
     """
     correct, _ = solve(policy, [pair for pairs in problems.values() for pair in pairs])
-    row = {name: x.mean() for name, x in zip(problems, np.split(correct, len(problems)))}
-    row["n_sampled"] = solve(policy, problems["n_identical"], temperature)[0].mean()
-    with torch.no_grad():
-        loss = answer_loss(policy, *to_batch(old_problems, policy.lm_head.weight.device))
+    ends = np.cumsum([len(pairs) for pairs in problems.values()])
+    row = {name: x.mean() for name, x in zip(problems, np.split(correct, ends))}
+    loss = answer_loss(policy, *to_batch(old_problems, policy.lm_head.weight.device))
     return row | dict(n_nats=loss.item())
 
 
-def explain(batch, pairs, args):
-    """Print the penalty of one answer, token by token, and what the reference would have written: a
-    right answer, if there is one, with the largest k2 at a critical token of weight 1/2 or less.
-    """
-    texts = [data.decode([state[0], *actions[:n]]) for state, actions, n in zip(
-        batch["states"].tolist(), batch["actions"].tolist(), batch["n_actions"].tolist())]
-    critical = known_critical(texts, pairs, args.digits, batch["mask"])
-    sure = certainty(batch["ref_logits"])
-    k2 = prioritized_kl(batch["old_logp"], batch["ref_logp"], 1)
-    penalty = prioritized_kl(batch["old_logp"], batch["ref_logp"], batch["weight"])
-    # Before the first update every k2 is 0: then the least certain critical token decides.
-    freed = (k2 * (batch["weight"] <= 0.5) + 1e-6 * (1 - sure)) * critical
-    others = batch["success"] < batch["success"].max()  # the wrong answers, if one is right
-    i = int(freed.amax(1).masked_fill(others, -1).argmax())
-    (a, b), text = pairs[i], texts[i]
-    normalized = normalize(batch["advantages"], batch["mask"])
-    loss = -normalized + args.kl_coef * penalty  # ratio 1; without entropy bonus and critic
-    print(f"\n{text}\nreward {batch['success'][i]:.0f} ({data.describe_error(text, a, b)}); mean "
-          f"reward of {len(pairs)} episodes {batch['success'].mean():.2f}\n\n"
-          "* a critical token or copied digit; not shown: the reference is sure, k2 is small\n"
-          "loss = -advantage (normalized) + kl_coef * weight * k2\n\n"
-          "  place             token logp_ref    logp     k2 certainty weight penalty advantage    "
-          "loss")
-    error = data.first_error(text, a, b)
-    for t in batch["mask"][i].nonzero()[:, 0].tolist():
-        if sure[i, t] > 0.9 and k2[i, t] < 0.02 and not critical[i, t]:
-            continue
-        place = data.place(a, b, t + 1) if error is None or t + 1 <= error else "after the error"
-        print(f"{'*' if critical[i, t] else ' '} {place:<17} {text[t + 1]!r:>5} "
-              f"{batch['ref_logp'][i, t]:8.4f} {batch['old_logp'][i, t]:7.4f} {k2[i, t]:6.3f} "
-              f"{sure[i, t]:9.4f} {batch['weight'][i, t]:6.3f} {penalty[i, t]:7.4f} "
-              f"{normalized[i, t]:9.3f} {loss[i, t]:7.3f}")
-    for at in freed[i].topk(2).indices.tolist():
-        logits = batch["ref_logits"][i, at]
-        probs = F.softmax(logits, -1)
-        print(f"\nthe reference at {data.place(a, b, at + 1)} (written: {text[at + 1]!r})\n"
-              "  token   logit       p  -p log p")
-        for token in probs.argsort(descending=True)[:4].tolist():
-            char, p = data.VOCAB[token], probs[token].item()
-            print(f"  {char!r:>5} {logits[token]:7.3f} {p:7.4f} {-p * math.log(p):9.4f}")
-        H = (1 - sure[i, at]) * math.log(len(probs))
-        print(f"entropy H of all {len(probs)}: {H:.4f}; J = 1 - H / log {len(probs)} = "
-              f"{sure[i, at]:.4f}; J^{args.alpha:g} = {sure[i, at] ** args.alpha:.4f}")
-
-
 # ------------------------------------------------------------------ training
-def parse_args(argv):
-    ap = argparse.ArgumentParser(
-        description="Fine-tune a pre-trained model with PPO on additions of N+k digits.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = ap.add_argument_group("penalty").add_argument
-    add("--alpha", type=float, default=3.0, help="exponent of the certainty; 0 = standard KL")
-    add("--kl_coef", type=float, default=0.1, help="coefficient of the KL penalty; 0 = no penalty")
-    add("--kl_weight", choices=("certainty", "matched", "shuffled", "mask", "oracle"),
-        default="certainty", help="weight of a token's penalty: certainty^alpha, or a control: its "
-        "mean everywhere; dealt out at random; 0 where the certainty is below 0.9; 0 at critical "
-        "tokens and copied digits, else 1")
-    add = ap.add_argument_group("PPO").add_argument
-    add("--extra_digits", type=int, default=1, help="k: fine-tune on N+k digits")
-    add("--iterations", type=int, default=20, help="of rollout and update")
-    add("--episodes", type=int, default=64, help="answers in a rollout")
-    add("--epochs", type=int, default=1, help="passes over a rollout")
-    add("--minibatches", type=int, default=1, help="optimizer steps a pass")
-    add("--lr", type=float, default=1e-4, help="learning rate of the policy (Adam)")
-    add("--value_lr", type=float, default=1e-3, help="learning rate of the critic (Adam)")
-    add("--clip", type=float, default=0.2, help="clip the ratio new/old to 1 +- this")
-    add("--entropy_coef", type=float, default=0.0005, help="coefficient of the entropy bonus")
-    add("--gamma", type=float, default=1.0, help="discount")
-    add("--gae_lambda", type=float, default=1.0, help="lambda of GAE; 1: all tokens get the reward")
-    add("--temperature", type=float, default=2.0, help="of sampling, certainty, loss and KL")
-    add = ap.add_argument_group("evaluation").add_argument
-    add("--eval_every", type=int, default=5, help="iterations between evaluations")
-    add("--eval_problems", type=int, default=64, help="held-out problems for each")
-    add("--final_problems", type=int, default=250, help="held-out problems for each final accuracy")
-    group = ap.add_argument_group("run")
-    group.add_argument("--checkpoint", default=SHIPPED,
-                       help="the pre-trained model; it sets N, task and size")
-    group.add_argument("--explain", action="store_true",
-                       help="show one episode token by token, as the run stands, and stop")
-    add_run_options(group)
-    args = ap.parse_args(argv)
-    check_range(ap, args, 0, "alpha", "kl_coef", "iterations", "lr", "value_lr", "clip",
-                "entropy_coef", "gamma", "gae_lambda", "seed")
-    check_range(ap, args, 1, "extra_digits", "episodes", "epochs", "minibatches", "eval_every",
-                "eval_problems", "final_problems")
-    check_range(ap, args, 0.001, "temperature")
-    if args.explain and args.fresh:
-        ap.error("--explain shows the run as it stands; leave out --fresh")
-    if args.minibatches > args.episodes:
-        ap.error(f"{args.minibatches} minibatches of {args.episodes} episodes; lower --minibatches")
-    return ap, args
+def pretrained_name(model, facts):
+    """A name that tells pre-trained models apart: "n5_seed0_ab67a433" ends in its weights' CRC."""
+    weights = b"".join(p.cpu().numpy().tobytes() for p in model.parameters())
+    return f"n{facts['digits']}_seed{facts['seed']}_{zlib.crc32(weights):08x}"
 
 
-def main(argv=None):
+def train(args):
     # 1. The pre-trained model: where the policy starts and, frozen, the reference.
-    ap, args = parse_args(argv)
-    device = get_device(args.device)
-    keep_freed_memory()
+    device = args.device
     reference, facts = load_checkpoint(args.checkpoint, device)
     reference.requires_grad_(False)
-    n, k, long = facts["digits"], args.extra_digits, facts["digits"] + args.extra_digits
-    if data.max_length(long, facts["task"]) > reference.config.block_size:
-        ap.error(f"{args.checkpoint} has no positions for {long} digits; pre-train one with "
-                 f"--extra_digits {k}")
-    if args.out == "auto":
-        args.out = default_folder(ap, args, f"ppo_n{n}_model{facts['seed']}_alpha{args.alpha:g}",
-                                  ("alpha",))
-    args.digits, args.task, args.preset = n, facts["task"], facts["preset"]
-    weights = b"".join(p.cpu().numpy().tobytes() for p in reference.parameters())
-    args.pretrained = f"n{n}_seed{facts['seed']}_{zlib.crc32(weights):08x}"
+    n, task, n_tokens = facts["digits"], facts["task"], reference.config.block_size
+    longest = n + args.extra_digits
+    if data.max_length(longest, task) > n_tokens:
+        stop(f"{args.checkpoint} has no positions for {longest} digits; pre-train one with "
+             f"--extra_digits {args.extra_digits}")
+    # For each token of an answer: keys and values of all layers, and logits.
+    n_floats = 2 * reference.config.n_layer * reference.config.n_embd + len(data.VOCAB)
+    check_memory(4 * n_floats * n_tokens * args.episodes, device, "--episodes")
+    pretrained = pretrained_name(reference, facts)
+    folder = folder_of(args, parse_args([]), f"ppo_{pretrained}_alpha{args.alpha}", ["alpha"])
+    if Path(folder).resolve() == Path(args.checkpoint).resolve().parent:
+        stop(f"--out {folder} holds the checkpoint in use; choose another --out")
     policy = copy.deepcopy(reference).requires_grad_(True)
     value_head = ValueHead(policy.config.n_embd, torch.Generator().manual_seed(args.seed))
     value_head.to(device)
     optimizer = torch.optim.Adam([dict(params=policy.parameters(), lr=args.lr),
                                   dict(params=value_head.parameters(), lr=args.value_lr)])
-    run = Run(args, policy=policy, value_head=value_head, optimizer=optimizer)
-    if args.explain:
-        if not run.rows:
-            print(f"no run in {args.out}: the policy is still the reference, and k2 is 0")
-        pairs, generator = draw_problems(args, len(run.rows) or 1, device)
-        return explain(rollout(policy, value_head, reference, pairs, args, generator), pairs, args)
+    settings = settings_of(args) | dict(digits=n, task=task, preset=facts["preset"],
+                                        pretrained=pretrained)
+    run = Run(folder, settings, LOG, args.fresh,
+              dict(policy=policy, value_head=value_head, optimizer=optimizer), first=0)
     if run.finished:
         return
 
     # 2. Held-out problems for the evaluations.
-    some = functools.partial(sample_problems, args.eval_problems, seed=2, task=args.task)
-    problems = dict(n_identical=some(n, "identical"), nk_identical=some(long, "identical"),
-                    nk_varying=some(long, "varying"))
-    old_problems, critical_problems = some(n, "train"), some(n, "rl", extra_digits=k)
+    some = functools.partial(data.sample_problems, args.eval_problems, seed=2, task=task)
+    problems = dict(n_identical=some(n, "identical"), nk_identical=some(longest, "identical"),
+                    nk_varying=some(longest, "varying"))
+    old_problems = some(n, "train")
+    critical_problems = some(n, "rl", extra_digits=args.extra_digits)
     print_table(facts["accuracies"], "before")
-    print(f"\nPPO on {long} digits: alpha {args.alpha:g}, kl_coef {args.kl_coef:g}, "
+    print(f"\nPPO on {longest} digits: alpha {args.alpha:g}, kl_coef {args.kl_coef:g}, "
           f"{args.iterations} iterations of {args.episodes} episodes, on {device}")
-    shown = "success kl penalty entropy value_loss weight p_critical p_copied".split()
-    print(" it" + "".join(f"{name:>11}" for name in shown))
+    print(" it" + "".join(f"{name:>11}" for name in SHOWN))
 
     # 3. Train.
     measured = "N -, N+k -"
-    bar = tqdm(range(len(run.rows), args.iterations + 1), desc="ppo", unit="it",
-               initial=len(run.rows), total=args.iterations + 1, dynamic_ncols=True, leave=False)
+    bar = tqdm(range(run.step + 1, args.iterations + 1), desc="ppo", unit="it",
+               initial=run.step + 1, total=args.iterations + 1, dynamic_ncols=True, leave=False)
     for iteration in bar:
         row = dict(iteration=iteration, episodes=iteration * args.episodes)
         if iteration > 0:  # row 0 of the log is the pre-trained model
-            pairs, generator = draw_problems(args, iteration, device)
-            batch = rollout(policy, value_head, reference, pairs, args, generator)
+            pairs, generator = draw_problems(args, facts, iteration, device)
+            batch = rollout(policy, value_head, reference, pairs, n, args, generator)
             row |= update(policy, value_head, optimizer, batch, args, generator,
                           f"iteration {iteration}")
             row["success"] = batch["success"].mean().item()
         row |= watch_critical(policy, critical_problems, n, args.temperature)
         check_finite(f"iteration {iteration}", dict(p_critical=row["p_critical"]))
-        tqdm.write(f"{iteration:3d}" + "".join(
-            f"{row[name]:11.4f}" if name in row else f"{'-':>11}" for name in shown))
+        cells = [f"{row[name]:11.4f}" if name in row else f"{'-':>11}" for name in SHOWN]
+        tqdm.write(f"{iteration:3d}" + "".join(cells))
         if row.get("success") == 0:
             tqdm.write("    no answer was right: there is nothing to learn from here")
         if iteration % args.eval_every == 0 or iteration == args.iterations:
-            row |= evaluate(policy, problems, old_problems, args.temperature)
+            row |= evaluate(policy, problems, old_problems)
             measured = "N {n_identical:.0%}, N+k {nk_identical:.0%}".format_map(row)
             tqdm.write("    greedy: N {n_identical:.0%}, N+k identical {nk_identical:.0%}, varying "
-                       "{nk_varying:.0%}; N sampled {n_sampled:.0%}".format_map(row))
+                       "{nk_varying:.0%}".format_map(row))
         run.log(iteration, row, last=iteration == args.iterations)
         bar.set_postfix_str(measured)
 
     # 4. Measure and save.
-    table = accuracy_table(policy, (n, long), args.final_problems, args.task)
-    save_checkpoint(run.folder / "model.pt", policy, torch.float32, digits=n, task=args.task,
-                    preset=args.preset, seed=facts["seed"], settings=run.settings,
-                    accuracies=table)
-    print_table(table, f"after {args.iterations * args.episodes:,} episodes, {args.final_problems} "
-                       "problems per cell")
-    run.finish(before=facts["accuracies"], after=table)
-    print(f"the learning curves: python analyze.py curves {args.out}")
+    accuracies, counts = accuracy_table(policy, (n, longest), args.final_problems, task)
+    sampled = data.sample_problems(args.final_problems, n, "rl", 1, task, args.extra_digits)
+    accuracies["sampled, training mix"] = float(
+        solve(policy, sampled, args.temperature)[0].mean())
+    counts["sampled, training mix"] = len(sampled)
+    save_checkpoint(run.folder / "model.pt", policy, torch.float32, digits=n, task=task,
+                    preset=facts["preset"], seed=facts["seed"], settings=run.settings,
+                    accuracies=accuracies)
+    print_table(accuracies, f"after {args.iterations * args.episodes:,} episodes", counts)
+    run.finish(before=facts["accuracies"], after=accuracies, problems=counts)
+    print(f"the learning curves: python analyze.py curves {run.folder}")
+
+
+def main(argv=None):
+    return run_script(train, parse_args(argv), RESUMES)
+
+
+# ------------------------------------------------------------------ controls of the weight
+def control_weight(kind, weight, J, critical, mask, generator):
+    """What a control puts in place of the weight. All (B, T); does it matter where it is small?"""
+    if kind == "matched":  # the mean weight, everywhere
+        return masked_mean(weight, mask).expand_as(mask)
+    if kind == "shuffled":  # the same weights, at other answer tokens
+        dealt, of_answers = weight.clone(), weight[mask > 0]
+        order = torch.randperm(len(of_answers), generator=generator, device=mask.device)
+        dealt[mask > 0] = of_answers[order]
+        return dealt
+    if kind == "mask":  # no penalty at all where the reference is not sure
+        return weight * (J >= 0.9)
+    return 1 - critical  # "oracle": no penalty at critical tokens and copied digits, else 1
+
+
+def known_critical(texts, pairs, n_digits, mask):
+    """1.0 at the critical tokens and copied digits that a text reaches without an error (B, T)."""
+    critical = torch.zeros_like(mask)
+    for i, (text, (a, b)) in enumerate(zip(texts, pairs)):
+        error = data.first_error(text, a, b)
+        for index in data.critical_positions(a, b, n_digits).values():
+            if error is None or index <= error:
+                critical[i, index - 1] = 1.0  # token i is action i - 1
+    return critical
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command resumes from where it last saved")
+    sys.exit(main())

@@ -3,11 +3,14 @@
 Writes model.pt and its logs to out/pretrain_n5_seed1. B sequences, T tokens, V vocabulary.
 """
 import argparse
-import ctypes
+import contextlib
+import csv
+import io
 import itertools
 import json
 import math
 import os
+import sqlite3
 import sys
 import time
 import zlib
@@ -16,24 +19,36 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import data
-from model import (GPT, GPTConfig, PRESETS, autocast, generate, get_device, load, read, sample,
-                   save, save_checkpoint, split_actions, stop)
+from model import (GPT, GPTConfig, PRESETS, accuracy_table, autocast, get_device, load, read_file,
+                   save_checkpoint, solve, split_actions, to_batch, write_file)
+
+LOG = "step loss lr grad_norm n_identical nk_varying".split()  # columns of log.csv
+
+
+# ------------------------------------------------------------------ settings
+def parse_args(argv):
+    ap = argparse.ArgumentParser(
+        description="Pre-train a GPT-2 from scratch on additions of 1..N digits.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = ap.add_argument
+    add("--digits", type=number(int, 1, 100), default=5, help="N: train on operands of 1..N digits")
+    add("--extra_digits", type=number(int, 0, 100), default=1,
+        help="k: leave positions for answers of N+k digits")
+    add("--task", choices=data.TASKS, default="add", help="what the problems are")
+    add("--preset", choices=PRESETS, default="small", help="model size; paper is for a GPU")
+    add("--steps", type=number(int, 1, 10**9), default=3200, help="optimizer steps")
+    add("--batch_size", type=number(int, 1, 10**5), default=8, help="worked problems a step")
+    add("--lr", type=number(float, 0, 1), default=3e-3, help="peak learning rate, Muon and AdamW")
+    add("--eval_problems", type=number(int, 1, 10**5), default=250,
+        help="held-out problems for each final accuracy")
+    add_run_options(ap)
+    return ap.parse_args(argv)
 
 
 # ------------------------------------------------------------------ batches, loss, optimizers
-def to_batch(pairs, device):
-    """Worked problems -> ids (B, T), prompt_len (B,), lengths (B,); 0 after a row's end."""
-    prompts = [data.prompt(a, b) for a, b in pairs]
-    texts = [prompt + data.answer(a, b) for prompt, (a, b) in zip(prompts, pairs)]
-    ids = pad_sequence([torch.tensor(data.encode(text)) for text in texts], batch_first=True)
-    prompt_len, lengths = (torch.tensor([len(x) for x in xs]) for xs in (prompts, texts))
-    return ids.to(device), prompt_len.to(device), lengths.to(device)
-
-
 def pretrain_batches(n_digits, batch_size, block_size, seed, device, task="add", start=0):
     """Endless batches (ids, prompt_len, lengths, offset) of worked problems, from batch `start` on.
 
@@ -48,11 +63,14 @@ def pretrain_batches(n_digits, batch_size, block_size, seed, device, task="add",
                  for _ in range(64 * batch_size)]
         pairs.sort(key=lambda pair: len(str(max(pair))))
         order = rng.permutation(64)
+        # Of numbers between -1 and 1 half are negative: these rows start at 0.
         places = np.maximum(0, rng.uniform(-1, 1, (64, batch_size, 1)))
-        for i in range(max(0, start - 64 * pool), 64):
+        first = max(0, start - 64 * pool)
+        for i in range(first, 64):
             batch = pairs[order[i] * batch_size :][:batch_size]
             ids, prompt_len, lengths = to_batch(batch, device)
-            offset = (places[i] * (block_size - ids.shape[1] + 1)).astype(int)
+            n_places = block_size - ids.shape[1] + 1  # where a row of T tokens can start
+            offset = (places[i] * n_places).astype(int)
             yield ids, prompt_len, lengths, torch.from_numpy(offset).to(device)
 
 
@@ -89,14 +107,17 @@ class Muon(torch.optim.Optimizer):
             momentum.lerp_(gradient, 0.05)
             x = gradient.lerp(momentum, 0.95)  # Nesterov's
             tall = x.shape[-2] > x.shape[-1]
-            x = x.mT if tall else x
+            if tall:
+                x = x.mT
             x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
             with autocast(x.device):
                 for _ in range(5):  # Newton-Schulz: a polynomial that takes singular values near 1
                     square = x @ x.mT
                     x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+            if tall:
+                x = x.mT
             size = 0.2 * max(x.shape[-2:]) ** 0.5
-            for p, update in zip(ps, x.mT if tall else x):
+            for p, update in zip(ps, x):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * size)
 
@@ -114,90 +135,21 @@ def learning_rate(step, steps, peak):
     return peak * min((step + 1) / 100, 1.0, (steps - step) / (0.8 * steps))
 
 
-# ------------------------------------------------------------------ evaluation
-def sample_problems(n, n_digits, mode, seed, task="add", extra_digits=1):
-    """n held-out problems [(a, b)], the same for the same seed."""
-    rng = np.random.default_rng([seed, n_digits])
-    return [data.sample_pair(rng, n_digits, mode, extra_digits, test=True, task=task)
-            for _ in range(n)]
-
-
-def read_ahead(model, pairs, temperature, generator):
-    """The first part of the model's answers, in one pass instead of many -> lists of ids.
-
-    The model reads the right answers and samples a token after each of their tokens. Up to the
-    first that differs, it has read what it would have written itself. So these tokens, the one that
-    differs included, are its own (up to rounding). A right answer is then complete.
-    """
-    ids, prompt_len, lengths = to_batch(pairs, model.lm_head.weight.device)
-    tokens = sample(read(model, ids, lengths)[0], temperature, generator)  # (B, T)
-    _, right, mask = split_actions(ids, prompt_len, lengths)
-    same = ((tokens[:, :-1] == right) | (mask == 0)).cumprod(1)  # 1 before the first difference
-    n_known = torch.minimum(same.sum(1) + 2, lengths)  # + token 0 and what differs
-    ids = torch.cat([ids[:, :1], torch.where(mask > 0, tokens[:, :-1], right)], 1)
-    return [row[:n] for row, n in zip(ids.tolist(), n_known.tolist())]
-
-
-def solve(model, pairs, temperature=0, seed=0, batch_size=256):
-    """Let the model answer all problems -> (correct: bool (n,), texts: n prompts + answers)."""
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
-    texts = []
-    for i in range(0, len(pairs), batch_size):
-        known = read_ahead(model, pairs[i : i + batch_size], temperature, generator)
-        ids, lengths = generate(model, known, model.config.block_size, temperature, generator)
-        texts += [data.decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
-    return np.array([data.grade(text, a, b) for text, (a, b) in zip(texts, pairs)]), texts
-
-
-def accuracy_table(model, lengths, n_problems, task):
-    """Greedy accuracies {"identical 5": share, "varying 5": ...} as in the paper's Tables 4, 5."""
-    table = {}
-    for length, mode in itertools.product(lengths, ("identical", "varying")):
-        correct, _ = solve(model, sample_problems(n_problems, length, mode, 1, task))
-        table[f"{mode} {length}"] = float(correct.mean())
-    return table
-
-
-def print_table(table, title):
-    print(f"\n{title}: accuracy in %, greedy, on held-out problems")
-    for cell, share in table.items():
-        print(f"  {cell:<14}{100 * share:6.1f}")
-
-
 # ------------------------------------------------------------------ training
-def parse_args(argv):
-    ap = argparse.ArgumentParser(
-        description="Pre-train a GPT-2 from scratch on additions of 1..N digits.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = ap.add_argument
-    add("--digits", type=int, default=5, help="N: train on operands of 1..N digits")
-    add("--extra_digits", type=int, default=1, help="k: leave positions for answers of N+k digits")
-    add("--task", choices=data.TASKS, default="add", help="what the problems are")
-    add("--preset", choices=PRESETS, default="small", help="model size; paper is for a GPU")
-    add("--steps", type=int, default=3200, help="optimizer steps")
-    add("--batch_size", type=int, default=8, help="worked problems a step")
-    add("--lr", type=float, default=3e-3, help="peak learning rate of Muon and AdamW")
-    add("--eval_problems", type=int, default=250, help="held-out problems for each final accuracy")
-    add_run_options(ap)
-    args = ap.parse_args(argv)
-    check_range(ap, args, 1, "digits", "steps", "batch_size", "eval_problems")
-    check_range(ap, args, 0, "extra_digits", "lr", "seed")
-    if args.out == "auto":
-        args.out = default_folder(ap, args, f"pretrain_n{args.digits}", ("digits",))
-    return args
-
-
-def main(argv=None):
-    # 1. Settings, model, optimizers.
-    args = parse_args(argv)
-    device = get_device(args.device)
-    keep_freed_memory()
-    long = args.digits + args.extra_digits
-    block_size = math.ceil(data.max_length(long, args.task) / 32) * 32
+def train(args):
+    # 1. Model and optimizers.
+    device = args.device
+    longest = args.digits + args.extra_digits
+    block_size = math.ceil(data.max_length(longest, args.task) / 32) * 32
     config = GPTConfig(block_size, **PRESETS[args.preset])
+    # The attention scores of all layers, and their softmax, are kept for the gradient.
+    n_scores = config.n_layer * config.n_head * args.batch_size * block_size**2
+    check_memory(8 * n_scores, device, "--digits or --batch_size")
     model = GPT(config, torch.Generator().manual_seed(args.seed)).to(device)
     muon, adamw = make_optimizers(model, args.lr)
-    run = Run(args, model=model, muon=muon, adamw=adamw)
+    prefix = f"pretrain_n{args.digits}"
+    run = Run(folder_of(args, parse_args([]), prefix, named=["digits"]), settings_of(args), LOG,
+              args.fresh, dict(model=model, muon=muon, adamw=adamw))
     if run.finished:
         return
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -205,8 +157,9 @@ def main(argv=None):
           f"steps of {args.batch_size} problems, on {device}")
 
     # 2. Train. Every random number follows from the seed and the step alone.
-    watched = dict(n_identical=sample_problems(64, args.digits, "identical", 2, args.task),
-                   nk_varying=sample_problems(64, long, "varying", 2, args.task))
+    watched = dict(
+        n_identical=data.sample_problems(64, args.digits, "identical", 2, args.task),
+        nk_varying=data.sample_problems(64, longest, "varying", 2, args.task))
     batches = pretrain_batches(args.digits, args.batch_size, block_size, args.seed, device,
                                args.task, start=run.step)
     losses, norms, measured = [], [], "N -, N+k -"
@@ -237,44 +190,241 @@ def main(argv=None):
 
     # 3. Measure and save.
     model.bfloat16().float()  # it is saved in bfloat16, half the size: measure what is saved
-    table = accuracy_table(model, range(args.digits, long + 1), args.eval_problems, args.task)
+    lengths = range(args.digits, longest + 1)
+    accuracies, counts = accuracy_table(model, lengths, args.eval_problems, args.task)
     save_checkpoint(run.folder / "model.pt", model, torch.bfloat16, digits=args.digits,
                     task=args.task, preset=args.preset, seed=args.seed, settings=run.settings,
-                    accuracies=table)
-    print_table(table, f"{args.eval_problems} problems per cell")
-    run.finish(after=table)
+                    accuracies=accuracies)
+    print_table(accuracies, "after pre-training", counts)
+    run.finish(after=accuracies, problems=counts)
     print(f"where it fails: python analyze.py tokens {run.folder / 'model.pt'}")
 
 
-# ------------------------------------------------------------------ what a run keeps on disk
-def keep_freed_memory():
-    """glibc keeps freed memory for the next tensors: new pages are a fifth of a step on a CPU."""
-    if sys.platform == "linux":  # M_MMAP_THRESHOLD: up to 1 GiB from the heap; M_TRIM_THRESHOLD
-        for option, value in (-3, 2**30), (-1, 2**31 - 1):
-            ctypes.CDLL(None).mallopt(option, value)
+def print_table(accuracies, title, counts={}):
+    print(f"\n{title}: accuracy in %, on held-out problems, greedy if nothing else is said")
+    for cell, accuracy in accuracies.items():
+        problems = f" of {counts[cell]} problems" if cell in counts else ""
+        print(f"  {cell:<22}{100 * accuracy:6.1f}{problems}")
+
+
+def main(argv=None):
+    return run_script(train, parse_args(argv), RESUMES)
+
+
+# ------------------------------------------------------------------ files and the command line
+# Nothing below is about learning. ppo.py and analyze.py use it, too.
+NOT_SETTINGS = ("device", "out", "fresh")  # may change on resuming
+RESUMES = "the same command, without --fresh, goes on from where it last saved"
+
+
+class Run:
+    """A run's folder: settings.json, log.csv, state.pt and, when finished, accuracies.json.
+
+    The same command resumes from state.pt: what it holds is loaded into `parts`, modules and
+    optimizers by name. On a CPU a resumed run ends with the weights of one that never stopped.
+    state.pt and accuracies.json carry the settings that they belong to. OSError, in one line, for
+    a file that is damaged, does not fit or cannot be written.
+    """
+    FILES = ("settings.json", "log.csv", "state.pt", "model.pt", "accuracies.json")
+
+    def __init__(self, folder, settings, columns, fresh, parts, first=1):
+        """columns: of log.csv, to which "seconds" is added; first: the number of its first row."""
+        self.settings, self.columns, self.parts = settings, [*columns, "seconds"], parts
+        self.folder = Path(folder)
+        self.files = {name: self.folder / name for name in self.FILES}
+        self.step, self.earlier = first - 1, 0.0  # done so far; seconds of interrupted runs
+        self.log_size, self.new_rows = 0, ""  # bytes of log.csv on disk; rows that are not yet
+        self.started = self.saved = time.monotonic()
+        self.lock_folder()
+        if fresh:
+            self.start_over()
+        if self.files["settings.json"].exists():
+            self.check_settings(self.read("settings.json", read_json))
+        self.finished = self.is_finished()
+        if self.finished:
+            print(f"{self.folder} is finished; --fresh starts over")
+        elif self.files["state.pt"].exists():
+            self.read("state.pt", self.load_state)
+            print(f"{self.folder} resumes after step {self.step}; --fresh starts over")
+        else:
+            self.write_json("settings.json", settings)
+
+    def lock_folder(self):
+        """One run in a folder. A lock of SQLite works on every system and ends with the process."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = sqlite3.connect(self.folder / "lock", timeout=0)
+            self.lock.execute("BEGIN EXCLUSIVE")
+        except (OSError, sqlite3.Error) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+        else:
+            return
+        if "locked" in reason:
+            reason = "a run is going on there; wait, or stop it, and the same command resumes"
+        raise OSError(f"cannot use the folder {self.folder} ({reason}), or choose another --out")
+
+    def start_over(self):
+        """--fresh: remove an earlier run, if its options are those of this script, and say so."""
+        found = [path for path in self.files.values() if path.exists()]
+        try:
+            others = read_file(self.files["settings.json"], read_json, "")
+        except OSError:  # damaged or missing
+            others = self.settings if self.files["settings.json"].exists() else {}
+        if found and others.keys() != self.settings.keys():
+            raise OSError(f"{self.folder} holds files, but no run like this one; --fresh leaves "
+                          "them alone, choose another --out")
+        if found:
+            print(f"--fresh removes the run in {self.folder}")
+        for path in found:
+            path.unlink()
+
+    def check_settings(self, others):
+        """OSError if a run with other settings is in the folder."""
+        for name, value in self.settings.items():
+            if others.get(name) != value and name != "checkpoint":  # its place, not its contents
+                raise OSError(f"{self.folder} holds a run with {name} {others.get(name)}, not "
+                              f"{value}; choose another --out, or --fresh to start over there")
+
+    def is_finished(self):
+        try:
+            results = self.read("accuracies.json", read_json)
+        except OSError:  # missing, or damaged by a power cut: it is measured again
+            return False
+        self.check_settings(results.get("settings", {}))
+        return self.files["model.pt"].exists()
+
+    def load_state(self, path):
+        state = load(path)
+        self.check_settings(state["settings"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step, self.log_size, self.earlier = state["step"], state["log_size"], state["seconds"]
+        if self.files["log.csv"].stat().st_size < self.log_size:
+            raise ValueError("log.csv has lost rows")
+
+    def read(self, name, parse):
+        return read_file(self.files[name], parse, "the same command with --fresh starts over")
+
+    def write_json(self, name, contents):
+        text = json.dumps(contents, indent=1)
+        write_file(self.files[name], lambda file: file.write(text.encode()))
+
+    def seconds(self):
+        return self.earlier + time.monotonic() - self.started
+
+    def log(self, step, row, last):
+        """Add a row {column: value} to log.csv. With the last row, or after 30 seconds, save the
+        state, too. What cannot be written, is written with the next row, unless this is the last.
+        """
+        row = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
+        lines = io.StringIO()
+        writer = csv.DictWriter(lines, self.columns, lineterminator="\n")
+        if not self.log_size and not self.new_rows:
+            writer.writeheader()
+        writer.writerow(row | dict(seconds=f"{self.seconds():.1f}"))
+        self.new_rows += lines.getvalue()
+        try:
+            self.append_rows()
+            if last or time.monotonic() - self.saved >= 30:
+                self.save_state(step)
+        except OSError as error:
+            if last:
+                raise
+            tqdm.write(f"warning: {error}; the run goes on, the next row tries again")
+
+    def append_rows(self):
+        try:
+            with open(self.files["log.csv"], "ab") as file:
+                file.truncate(self.log_size)  # a row that was cut off, or is of after the state
+                file.write(self.new_rows.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(f"cannot write {self.files['log.csv']} ({error.strerror})") from None
+        self.log_size, self.new_rows = self.log_size + len(self.new_rows.encode()), ""
+
+    def save_state(self, step):
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        state = dict(states, settings=self.settings, step=step, log_size=self.log_size,
+                     seconds=self.seconds())
+        write_file(self.files["state.pt"], lambda file: torch.save(state, file))
+        self.saved = time.monotonic()
+
+    def finish(self, **tables):
+        """Write accuracies.json: with it and model.pt the run is finished."""
+        self.write_json("accuracies.json", dict(settings=self.settings, **tables))
+        self.lock.close()
+        print(f"\nfinished in {self.seconds() / 60:.1f} minutes; saved {self.files['model.pt']}")
+
+
+def read_json(path):
+    contents = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(contents, dict):
+        raise ValueError("it holds no names and values")
+    return contents
+
+
+def settings_of(args):
+    return {name: x for name, x in vars(args).items() if name not in NOT_SETTINGS}
+
+
+def folder_of(args, defaults, prefix, named):
+    """--out or, if that is "auto", out/<prefix>_<settings that are not the defaults>_seed<seed>.
+
+    named: settings that the prefix tells. A name of more than 76 characters ends in a checksum of
+    all of it instead, so that no two settings share a folder.
+    """
+    if args.out != "auto":
+        return args.out
+    changed = [f"{name}{value}" for name, value in settings_of(args).items()
+               if value != getattr(defaults, name) and name not in ("seed", "checkpoint", *named)]
+    name = "_".join([prefix, *changed, f"seed{args.seed}"])
+    if len(name) > 76:
+        name = f"{name[:67]}_{zlib.crc32(name.encode()):08x}"
+    return os.path.join("out", name)
+
+
+def number(kind, low, high):
+    """A type for argparse: an int or a float from low to high. nan is in no range."""
+    def parse(text):
+        try:
+            x = kind(text)
+        except ValueError:
+            x = math.nan
+        if not low <= x <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text:.30}")
+        return x
+    return parse
+
+
+def to_device(name):
+    """A type for argparse: a device that is there."""
+    try:
+        return get_device(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
 
 
 def add_run_options(ap):
-    ap.add_argument("--seed", type=int, default=0, help="seed of every random number")
-    ap.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest")
-    ap.add_argument("--out", default="auto", help="folder of the run; auto: out/<settings>")
-    ap.add_argument("--fresh", action="store_true", help="start over instead of resuming the run")
+    add = ap.add_argument
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of every random number")
+    add("--device", type=to_device, default="auto", help="cpu, cuda, mps; auto: cuda, else cpu")
+    add("--out", default="auto", help="folder of the run; auto: out/<settings>")
+    add("--fresh", action="store_true", help="start over instead of resuming the run")
 
 
-def check_range(ap, args, low, *names):
-    for name in names:
-        if not low <= getattr(args, name) < math.inf:  # nan is in no range
-            ap.error(f"--{name} must be {low} or more, not {getattr(args, name)}")
-
-
-NOT_SETTINGS = ("checkpoint", "device", "out", "fresh", "explain")  # may change on resuming
-
-
-def default_folder(ap, args, prefix, unnamed):
-    """out/<prefix>_<settings that differ from their defaults>_seed<seed>, at most 80 characters."""
-    changed = [f"{name}{value}" for name, value in vars(args).items()
-               if value != ap.get_default(name) and name not in (*NOT_SETTINGS, *unnamed, "seed")]
-    return os.path.join("out", "_".join([prefix, *changed])[:60] + f"_seed{args.seed}")
+def check_memory(n_bytes, device, options):
+    """End the script if a size needs more memory than the device has."""
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:  # Windows does not tell
+        there = math.inf
+    if n_bytes > there:
+        stop(f"this needs {n_bytes / 2**30:,.0f} GiB of memory or more, and {device} has "
+             f"{there / 2**30:,.0f}; give a smaller {options}")
 
 
 def check_finite(when, figures):
@@ -284,76 +434,30 @@ def check_finite(when, figures):
             stop(f"{name} is {x} at {when}; lower --lr. What the run saved is from before")
 
 
-def write_text(path, text):
-    Path(f"{path}.part").write_text(text)
-    os.replace(f"{path}.part", path)  # whole, or as it was before
+def stop(message):
+    """End the script with one line on stderr and exit code 2, as argparse does."""
+    tqdm.write(f"error: {message}", file=sys.stderr)  # above a progress bar, if there is one
+    raise SystemExit(2)
 
 
-class Run:
-    """A run's folder: settings.json, log.csv, state.pt and, when finished, accuracies.json.
+def run_script(function, args, hint):
+    """function(args) -> exit code. What a user can get wrong ends in one line, without traceback.
 
-    The same command resumes from state.pt: what it holds is loaded into `parts`, modules and
-    optimizers by name. On a CPU a resumed run ends with the weights of one that never stopped.
+    hint: how to go on after an interrupt (Ctrl-C).
     """
-
-    def __init__(self, args, **parts):
-        self.settings = {name: x for name, x in vars(args).items() if name not in NOT_SETTINGS}
-        self.folder, self.parts = Path(args.out), parts
-        self.step, self.rows, self.earlier = 0, [], 0.0  # earlier: seconds of interrupted runs
-        self.started = self.saved = time.time()
-        self.code = [zlib.crc32(Path(__file__).with_name(f"{name}.py").read_bytes())
-                     for name in ("data", "model", "kl", "pretrain", "ppo")]
-        if args.fresh:
-            for name in ("accuracies.json", "state.pt", "settings.json", "log.csv", "model.pt"):
-                (self.folder / name).unlink(missing_ok=True)
-        if (self.folder / "settings.json").exists():
-            others = json.loads((self.folder / "settings.json").read_text())
-            for name, value in self.settings.items():
-                if others.get(name) != value:
-                    stop(f"{self.folder} holds a run with {name} {others.get(name)}, not {value}; "
-                         "choose another --out, or --fresh to start over there")
-        self.finished = (self.folder / "accuracies.json").exists()
-        if self.finished:
-            print(f"{self.folder} is finished; --fresh starts over")
-        if (self.folder / "state.pt").exists():
-            state = load(self.folder / "state.pt")
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            self.step, self.rows, self.earlier = state["step"], state["rows"], state["seconds"]
-            if not self.finished:
-                print(f"{self.folder} resumes after step {self.step}; --fresh starts over")
-            if state["code"] != self.code:
-                print("note: the code has changed since that step")
-
-    def log(self, step, row, last):
-        """Add a row to log.csv. With the last row, or after 30 seconds, save the state, too."""
-        seconds = self.earlier + time.time() - self.started
-        row = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
-        self.rows.append(row | dict(seconds=f"{seconds:.1f}"))
-        columns = dict.fromkeys(name for row in self.rows for name in row)
-        cells = [[str(row.get(name, "")) for name in columns] for row in self.rows]
-        table = "".join(",".join(line) + "\n" for line in [columns, *cells])
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "settings.json", json.dumps(self.settings, indent=1))
-            write_text(self.folder / "log.csv", table)
-        except OSError as error:
-            stop(f"cannot write to {self.folder} ({error.strerror}); choose another --out")
-        if last or time.time() - self.saved >= 30:
-            states = {name: part.state_dict() for name, part in self.parts.items()}
-            save(self.folder / "state.pt", dict(states, step=step, rows=self.rows, seconds=seconds,
-                                               code=self.code))
-            self.saved = time.time()
-
-    def finish(self, **tables):
-        """Write accuracies.json: its presence says that the run is finished."""
-        write_text(self.folder / "accuracies.json", json.dumps(tables, indent=1))
-        minutes = (self.earlier + time.time() - self.started) / 60
-        print(f"\nfinished in {minutes:.1f} minutes; saved {self.folder / 'model.pt'}")
+    try:
+        function(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        tqdm.write(f"\ninterrupted; {hint}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # who reads our output has ended, as in `python ppo.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (OSError, NotImplementedError) as error:  # an exercise that is still open is the latter
+        stop(error)
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command resumes from where it last saved")
+    sys.exit(main())
