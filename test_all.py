@@ -670,7 +670,7 @@ class Model(Case):
             other = tiny_model(std=0.3)
             other.transformer.wpe.weight.data = net.transformer.wpe.weight[offset:]
             self.close(moved[row], other(ids[row : row + 1, :20])[0][0], atol=1e-5)
-        self.assertRaisesRegex(AssertionError, "block of 192", net, torch.zeros(1, 193).long())
+        self.assertRaisesRegex(ValueError, "block of 192", net, torch.zeros(1, 193).long())
 
     def test_generation_of_ragged_prompts(self):
         """Greedy: as one at a time, with all of the text read again for each token."""
@@ -733,7 +733,7 @@ class Model(Case):
         exact = p[right[start - 1]][:, None, None] * p[:, :, None] * p[None]  # (40, 40, 40)
         self.assertGreater(exact[tuple(right[start : start + 3])].item(), 0.02)
         net, generator = writer(lambda idx, start: table[idx]), seeded()
-        known = pretrain.read_ahead(net, [(1, 2)] * 20000, 1.0, generator)
+        known = model.read_ahead(net, [(1, 2)] * 20000, 1.0, generator)
         ids, _ = generate(net, known, 4, 1.0, generator)
         self.assert_distribution(ids[:, start : start + 3], exact)
 
@@ -785,7 +785,7 @@ class Pretrain(Case):
         """The mean over the answers' tokens alone: neither prompts nor padding are predicted."""
         self.in_float32()
         net, pairs, offset = tiny_model(std=0.3), [(1, 2), (3, 45)], torch.tensor([[0], [15]])
-        ids, prompt_len, lengths = pretrain.to_batch(pairs, CPU)
+        ids, prompt_len, lengths = model.to_batch(pairs, CPU)
         with torch.no_grad():
             logp, terms = net(ids, offset)[0].log_softmax(-1), []
             for i, pair in enumerate(pairs):
@@ -803,8 +803,7 @@ class Rollouts(Case):
     def setUp(self):
         self.in_float32()
         options = "--minibatches 1 --kl_coef 0.5 --alpha 2 --temperature 1.5 --entropy_coef 0"
-        self.args = ppo.parse_args(options.split())[1]
-        self.args.digits, self.args.task = 1, "add"
+        self.args = ppo.parse_args(options.split())
         self.pairs = [(12, 3), (34, 5), (6, 78), (90, 12), (3, 13), (8, 99), (50, 5), (44, 1)]
         self.policy, self.reference = tiny_model(std=0.25), tiny_model(std=0.25)
         self.value_head = ppo.ValueHead(16, seeded())
@@ -812,7 +811,7 @@ class Rollouts(Case):
 
     def rollout(self, **settings):
         vars(self.args).update(settings)
-        return ppo.rollout(self.policy, self.value_head, self.reference, self.pairs, self.args,
+        return ppo.rollout(self.policy, self.value_head, self.reference, self.pairs, 1, self.args,
                            seeded())
 
     def update(self, batch, lr=0.0, **settings):
@@ -858,7 +857,8 @@ class PPO(Rollouts):
             self.close(batch["returns"][i, start:T], returns)
             self.close(batch["old_logp"][i, :T], logp[i, :T])
             self.close(batch["ref_logp"][i, :T], ref_logp[i, :T])
-        first, second = (ppo.draw_problems(self.args, i, CPU)[0] for i in (1, 2))
+        facts = dict(digits=1, task="add")
+        first, second = (ppo.draw_problems(self.args, facts, i, CPU)[0] for i in (1, 2))
         self.assertFalse(first == second or any(data.held_out(*pair) for pair in first + second))
 
     def test_controls_of_the_weight(self):
@@ -963,25 +963,6 @@ class PPO(Rollouts):
                         ("p_critical", p[[at + 1, at + 2, line2]].mean())):
             self.assertAlmostEqual(found[name], x.item(), places=5)
 
-    def test_explain(self):
-        """It shows the answer with the critical token that costs most, and works out its J."""
-        self.pairs = [(12, 3), (45, 1), (67, 8)]
-        ids, _, lengths = pretrain.to_batch(self.pairs, CPU)
-        self.patch("ppo.generate", return_value=(ids, lengths))
-        batch = self.rollout()
-        batch |= dict(weight=batch["mask"] / 2, **{name: torch.zeros_like(batch[name]) for name in (
-            "ref_logits", "old_logp", "ref_logp", "advantages")})
-        batch["success"][2], comma = 0, data.critical_positions(45, 1, 1)[1, 1, "comma1"] - 1
-        batch["ref_logp"][1:, comma] = torch.tensor([-2.0, -3.0])  # the last answer is wrong
-        batch["ref_logp"][0, 40] = -3.0  # costs more, at a token that is not critical
-        printed = quiet(ppo.explain, batch, self.pairs, self.args)[1]
-        self.assertIn("Input:\n45+1\nTarget:", printed)
-        row = [line.split() for line in printed.splitlines() if line.startswith("* line 1")][1]
-        expected = "',' -2.0000 0.0000 2.000 0.0000 0.500 1.0000 0.000 0.500".split()
-        self.assertEqual(row[5:], expected)  # the last is the loss, kl_coef 0.5 * weight 0.5 * k2 2
-        self.assertRegex(printed, r"entropy H .*3\.6889.* = 0\.0000")  # log 40, J
-        self.assertLessEqual(max(map(len, printed.splitlines())), 100)
-
 
 # ------------------------------------------------------------------ runs and scripts
 PRETRAIN = ("--digits 1 --preset tiny --steps 200 --batch_size 2 --eval_problems 4 --device cpu "
@@ -989,7 +970,7 @@ PRETRAIN = ("--digits 1 --preset tiny --steps 200 --batch_size 2 --eval_problems
 RL = ("--checkpoint p/model.pt --iterations 3 --episodes 4 --minibatches 2 --eval_every 2 "
       "--eval_problems 2 --final_problems 2 --device cpu --out r").split()
 TINY = dict(tiny=dict(n_layer=1, n_head=2, n_embd=16))
-SAVE_EACH_TIME = dict(target="time.time", side_effect=itertools.count(0, 40))  # 40 s at each look
+SAVE_EACH_TIME = dict(target="time.monotonic", side_effect=itertools.count(0, 40))  # 40 s at each look
 
 
 def run_killed(folder):
@@ -1168,18 +1149,18 @@ class Scripts(Case):
         quiet(pretrain.main, argv.split())
         net, facts = model.load_checkpoint("n/model.pt", CPU)
         learned = [(a, b) for a in range(10) for b in range(10) if not data.held_out(a, b)]
-        self.assertGreater(pretrain.solve(net, learned)[0].mean(), 0.75)
+        self.assertGreater(model.solve(net, learned)[0].mean(), 0.75)
         quiet(ppo.main, [*RL, "--checkpoint", "n/model.pt", "--episodes", "16"])
         self.assertEqual(json.loads(text_of("r/accuracies.json"))["before"], facts["accuracies"])
         tuned, _ = model.load_checkpoint("r/model.pt", CPU)
-        self.assertGreater(pretrain.solve(tuned, learned)[0].mean(), 0.6)
+        self.assertGreater(model.solve(tuned, learned)[0].mean(), 0.6)
         argv = ["tokens", "n/model.pt", "--problems", "9", "--device", "cpu"]
         self.assertIn("closed early", quiet(analyze.main, argv)[1])
         quiet(analyze.main, ["curves", "r"])
         self.assertLessEqual({"curves.png", "tokens.png"}, set(os.listdir("out/figures")))
         self.in_float32()
-        problems = learned[:20] + pretrain.sample_problems(20, 2, "varying", 1)
-        correct, texts = pretrain.solve(net, problems)
+        problems = learned[:20] + data.sample_problems(20, 2, "varying", 1)
+        correct, texts = model.solve(net, problems)
         self.assertTrue(correct.any() and not correct.all())
         ids, lengths = generate(net, [data.encode(data.prompt(*x)) for x in problems], 999, 0)
         self.assertEqual(texts, [data.decode(row[:n]) for row, n in zip(ids, lengths)])
