@@ -47,7 +47,9 @@ def answer(a, b):
     A line shows what is left of both numbers, the result's digits so far (A) and the carry (C);
     then the sum of the last digits (0 where none is left) and the carry; the digit that goes in
     front of A; the new carry. 99+1 ends in "A=[0,0] C=1 , END". A carry of a subtraction is
-    borrowed: 12-5 begins with "[1,2] - [5] , A=[] , C=0 , 2-5-0=-3 , A->7 , C->1".
+    borrowed: 12-5 begins with "[1,2] - [5] , A=[] , C=0 , 2-5-0=-3 , A->7 , C->1", and 0-9-1=-10
+    gives the digit 0. A keeps all its digits: 105-99 ends in "A=[0,0,6] C=0 , END", but the result
+    is 6. The text begins with the line break after "Target:" and ends with one.
     """
     sign = "-" if b < 0 else "+"
     x, y = list(str(a)), list(str(abs(b)))  # digits that are left, most significant first
@@ -78,8 +80,9 @@ def is_complete(text):
 
 
 def grade(text, a, b):
-    """True if the line after "</scratch>" is a + b, its digits separated by single spaces:
-    grade("...</scratch>\\n3 9 5\\n", 367, 28) is True, whether the working is right or not.
+    """True if the line after the first line "</scratch>" is a + b, its digits separated by single
+    spaces: grade("...</scratch>\\n3 9 5\\n", 367, 28) is True, whether the working is right or not.
+    False without the line break: "3 9 5" may be the beginning of "3 9 5 1".
     """
     result, line_break, _ = text.partition("</scratch>\n")[2].partition("\n")
     return line_break == "\n" and result == " ".join(str(a + b))

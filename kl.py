@@ -25,7 +25,8 @@ def prioritized_kl(logp, ref_logp, weight):
     """Eq. 1 for each token taken: weight * k2, with weight = J(s)^alpha.  All (B, T) -> (B, T).
 
     k2 = (log pi - log pi_ref)^2 / 2 (Schulman 2020). On-policy, its mean gradient is that of the
-    KL; ref_logp and weight are constants. alpha = 0: every weight is 1, the standard penalty.
+    KL; ref_logp and weight are constants. alpha = 0: every weight is 1, the standard penalty, and
+    the weight may then be the number 1.
     logp = -1, ref_logp = -3, weight = 1/2: (1/2) * 2^2 / 2 = 1.
     """
     return weight * (logp - ref_logp) ** 2 / 2

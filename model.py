@@ -37,7 +37,7 @@ def attention(q, k, v, mask):
     """softmax(q k^T / sqrt(D) + mask) v: for each of T tokens a mean of the values it may look at.
 
     q (B, H, T, D); k and v (B, H, S, D); mask (T, S): 0 where a token may look, else -inf.
-    Returns (B, H, T, D).
+    Returns (B, H, T, D) in the dtype of q, k, v and mask. Gradients flow to q, k and v.
     """
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, H, T, S)
     scores += mask
@@ -185,7 +185,8 @@ def read(model, ids, lengths, temperature=1.0):
 
 def sample(logits, temperature, generator=None):
     """Tokens drawn from softmax(logits / temperature): (..., V) -> (...). Temperature 0 is greedy:
-    sample(torch.tensor([0.1, 0.3, 0.2]), 0) is tensor(1).
+    sample(torch.tensor([0.1, 0.3, 0.2]), 0) is tensor(1). Each token is a draw of its own; all
+    random numbers come from `generator` if there is one, else from PyTorch's own.
     """
     if temperature == 0:
         return logits.argmax(-1)
