@@ -1,133 +1,255 @@
-"""Tables and figures from checkpoints and from the logs of runs.
+"""Tables and pictures from checkpoints and from the folders of runs.
 
-    python analyze.py tokens assets/pretrained/n5_seed0.pt   where is a model unsure, and wrong?
-    python analyze.py curves out/ppo_*                       learning curves
-    python analyze.py compare out/ppo_*                      what was learned, paired by model
-    python analyze.py report                                 assets/runs -> assets/results/README.md
+    python analyze.py answer CHECKPOINT 123456+70     one problem: where is the model unsure, or wrong?
+    python analyze.py tokens CHECKPOINT               many problems: where does it go wrong?
+    python analyze.py explain out/ppo_...             the penalty of one answer, token by token
+    python analyze.py curves out/ppo_*                learning curves
+    python analyze.py compare out/ppo_*               what was learned, paired by model
 
-A run is a folder that pretrain.py or ppo.py wrote. Runs that differ only in their pre-trained model
-or seed make one setting. Its figures are means over the pre-trained models, with 95% intervals.
+Runs that differ only in their pre-trained model or seed make one setting. Its figures are means
+over the pre-trained models, with 95% intervals.
 """
 import argparse
+import copy
+import csv
+import functools
 import glob
 import json
 import math
 import re
-import sys
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch.nn.utils.rnn import pad_sequence
 
 import data
-import ppo
-import pretrain
-from kl import certainty
-from model import get_device, load_checkpoint, read, stop
+from kl import certainty, prioritized_kl
+from model import get_device, load_checkpoint, read, read_file, solve, write_file
+from pretrain import command_line, number, stop
 
-ASSETS = Path(__file__).resolve().parent / "assets"
-plt.switch_backend("Agg")  # pictures go to files: no screen is needed
-plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3})
 
 # ------------------------------------------------------------------ statistics
-T_QUANTILES = (  # 97.5% points of Student's t for 1 to 30 degrees of freedom; more count as 30
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-    2.052, 2.048, 2.045, 2.042)
+@functools.cache
+def t_quantile(freedom):
+    """97.5% point of Student's t: 12.7062 for 1 degree of freedom, 2.2622 for 9.
+
+    t = sqrt(freedom) * tan(angle), where the density of the angle is that of cos^(freedom - 1).
+    """
+    angles = np.linspace(0, math.pi / 2, 200_001)
+    density = np.cos(angles) ** (freedom - 1)
+    area = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])  # up to each angle
+    angle = np.interp(0.95 * area[-1], area, angles)  # 95% of all |t| are smaller
+    return math.sqrt(freedom) * math.tan(angle)
 
 
 def interval(values):
     """Mean and 95% interval by Student's t -> (mean, low, high); of one value (value, nan, nan).
 
-    0, 1, 2: mean 1, standard error 1 / sqrt(3), 2 degrees of freedom: 1 -+ 4.303 / sqrt(3).
+    0, 1, 2: mean 1, standard error 1 / sqrt(3), 2 degrees of freedom: 1 -+ 4.3027 / sqrt(3).
     """
     n, mean = len(values), float(np.mean(values))
     if n < 2:
         return mean, math.nan, math.nan
-    half = T_QUANTILES[min(n - 1, 30) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n)
+    half = t_quantile(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return mean, mean - half, mean + half
 
 
-def share(k, n):
-    """k of n and Wilson's 95% interval -> (share, low, high): 5 of 5 is 1 [0.57, 1]."""
-    z = 1.96
+def wilson_interval(k, n):
+    """k of n and Wilson's 95% interval -> (k / n, low, high): 5 of 5 is 1 [0.57, 1]."""
+    z = 1.959964
     centre = (k + z**2 / 2) / (n + z**2)
     half = z / (n + z**2) * math.sqrt(k * (n - k) / n + z**2 / 4)
     return k / n, max(0.0, centre - half), min(1.0, centre + half)
 
 
 def sign_flip_p(differences):
-    """Exact two-sided p, if each difference is as likely to have the other sign.
+    """Exact two-sided p, if each of n <= 40 differences is as likely to have the other sign.
 
     The share of all 2^n choices of signs whose |sum| is at least the observed one; never below
     2 / 2^n. 1, 2, 3: of the 8 choices +++ and --- reach 6, so p = 0.25.
     """
-    sums = np.zeros(1)
-    for x in differences:
-        sums = np.concatenate([sums + x, sums - x])
-    rounding = 1e-9 * np.sum(np.abs(differences))  # equal sums differ by it
-    return float(np.mean(np.abs(sums) >= abs(sum(differences)) - rounding))
+    differences = np.array(differences, float)
+    n = len(differences)
+    if n > 40:
+        raise ValueError(f"the exact p of {n} models would take too long; compare at most 40")
+    if not np.isfinite(differences).all():
+        raise ValueError("there is no p of differences that are nan or infinite")
+    least = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()  # equal sums differ by 1e-16
+    if least <= 0:
+        return 1.0
+    # All sums of each half, 2^(n/2), are listed. For each of the left half's sums we look up how
+    # many of the right half's reach `least` together with it. As many choices reach -least.
+    left, right = (functools.reduce(lambda sums, x: np.concatenate([sums + x, sums - x]), half,
+                                    np.zeros(1)) for half in np.split(differences, [n // 2]))
+    right.sort()
+    left.sort()  # neighbours look up neighbours: much faster
+    n_enough = len(right) - np.searchsorted(right, least - left)
+    return 2 * int(n_enough.sum()) / 2**n
 
 
-def pair(values, first):
-    """{pre-trained model: value} of two settings -> [value - first's value of the same model]."""
-    alone = sorted(set(values) ^ set(first))
-    if alone:
-        stop(f"cannot pair by pre-trained model: {alone[0]} has runs of one setting only")
-    return [values[model] - first[model] for model in sorted(values)]
+def paired_differences(values, first):
+    """{pre-trained model: value} of two settings -> [value - first's] of the models in both."""
+    return [values[model] - first[model] for model in sorted(values.keys() & first.keys())]
 
 
 # ------------------------------------------------------------------ runs and settings
-RunLog = namedtuple("RunLog", "folder settings log accuracies")
+Run = namedtuple("Run", "folder settings log accuracies")
+PENALTY = {"alpha", "kl_coef", "kl_weight"}
+NO_EFFECT = {"eval_every", "eval_problems", "final_problems", "checkpoint", "seed", "pretrained"}
 
 
-def load_runs(patterns):
-    """Folders, or patterns of them, which not every shell expands -> [RunLog]. Empty cells of a log
-    are nan; the accuracies are {} if the run is not finished.
-    """
-    runs = {}
-    for pattern in patterns:
-        found = glob.glob(pattern)
-        if not found:
-            stop(f"no folder matches {pattern}")
-        found.sort(key=lambda name: re.sub(r"\d+", lambda x: x[0].zfill(9), name))  # 3 before 10
-        for folder in map(Path, found):
-            settings = json.loads((folder / "settings.json").read_text())
-            log = np.genfromtxt(folder / "log.csv", delimiter=",", names=True, ndmin=1)
-            final = folder / "accuracies.json"
-            accuracies = json.loads(final.read_text()) if final.exists() else {}
-            runs[folder] = RunLog(folder, settings, log, accuracies)
-    return list(runs.values())
+def parse_json(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def in_words(settings):
-    """The settings that have an effect, but for pre-trained model and seed: ["alpha 3", ...]."""
-    words = {name: f"{name} {value}".removesuffix(".0") for name, value in settings.items()}
-    words |= dict(seed="", pretrained="", kl_weight=settings.get("kl_weight"))
-    if settings.get("kl_coef") == 0:
-        words |= dict(alpha="", kl_coef="", kl_weight="no penalty")
-    elif words["kl_weight"] == "oracle":
-        words["alpha"] = ""
-    elif words["kl_weight"] == "certainty":
-        words["kl_weight"] = ""
-    return [word for word in words.values() if word]
-
-
-def by_setting(runs):
-    """-> {what not all runs have in common: {pre-trained model: [the run of each seed]}}."""
-    words, settings = [in_words(run.settings) for run in runs], {}
-    for run, own in zip(runs, words):
-        label = ", ".join(word for word in own if not all(word in other for other in words))
-        model = run.settings.get("pretrained", f"seed {run.settings['seed']}")
-        settings.setdefault(label or own[0], {}).setdefault(model, []).append(run)
+def parse_settings(path):
+    """settings.json -> {option: value}; an error if a number that we need is none."""
+    settings = parse_json(path)
+    for name in "digits", "extra_digits", "seed", *(settings.keys() & {"alpha", "kl_coef"}):
+        if not 0 <= settings[name] < 2**63:
+            raise ValueError(f"{name} is {settings[name]}")
     return settings
 
 
-# ------------------------------------------------------------------ tables and figures
+def parse_log(path):
+    """log.csv -> {column: values (rows,)}; an empty cell is nan. A last line without a line break
+    is still being written, and left out.
+    """
+    names, *rows = csv.reader(Path(path).read_text(encoding="utf-8").split("\n")[:-1])
+    if "step" not in names and not {"iteration", "episodes", "kl"} <= set(names):
+        raise ValueError("its columns are not those of pretrain.py or ppo.py")
+    cells = np.array([[float(cell or "nan") for cell in row] for row in rows])
+    if np.isinf(cells).any():
+        raise ValueError("a cell is infinite")
+    return dict(zip(names, cells.reshape(-1, len(names)).T))
+
+
+def parse_accuracies(path):
+    """accuracies.json -> {"settings": {}, "after": {cell: share}, from ppo.py also "before"}."""
+    tables = parse_json(path)
+    for cells in tables["after"], tables.get("before", {}):
+        if not all(0 <= share <= 1 for share in cells.values()):
+            raise ValueError("a share is not between 0 and 1")
+    return tables
+
+
+def load_run(folder):
+    """-> Run, its accuracies {} if it is not finished; None if it has no iteration so far."""
+    if not folder.is_dir():
+        stop(f"{folder} is no folder; a run is a folder that pretrain.py or ppo.py wrote")
+    if not (folder / "log.csv").exists():
+        return None
+    settings = read_file(folder / "settings.json", parse_settings)
+    log, accuracies = read_file(folder / "log.csv", parse_log), {}
+    if (folder / "accuracies.json").exists():
+        accuracies = read_file(folder / "accuracies.json", parse_accuracies)
+        if accuracies.get("settings") != settings:
+            stop(f"{folder} mixes two runs: accuracies.json has other settings than settings.json; "
+                 "the command of the run with --fresh makes it again")
+    steps = log["step" if "step" in log else "iteration"]
+    return Run(folder, settings, log, accuracies) if len(steps) and steps[-1] >= 1 else None
+
+
+def load_runs(names):
+    """Folders, or patterns of them, which not every shell expands -> [Run], each folder once."""
+    runs = {}
+    for name in names:
+        found = [name] if Path(name).exists() else sorted(glob.glob(name))  # a name may hold [ ]
+        if not found:
+            stop(f"no folder matches {name}")
+        runs |= {Path(folder).resolve(): load_run(Path(folder)) for folder in found}
+    empty = [str(folder) for folder, run in runs.items() if run is None]
+    if len(empty) == len(runs):
+        stop(f"there is no iteration of a run so far in {', '.join(empty)}")
+    if empty:
+        print(f"left out, because there is no iteration so far: {', '.join(empty)}")
+    return [run for run in runs.values() if run is not None]
+
+
+def penalty_in_words(settings):
+    """"alpha 3"; "alpha 0, kl_coef 0.05"; "alpha 3, matched"; "oracle"; "no penalty"."""
+    if "kl_coef" not in settings:
+        return "pre-training"
+    if settings["kl_coef"] == 0:
+        return "no penalty"
+    control = str(settings.get("kl_weight", "certainty"))
+    words = [control] if control == "oracle" else [f"alpha {settings.get('alpha', 0):g}"]
+    if settings["kl_coef"] != 0.1:  # the default
+        words.append(f"kl_coef {settings['kl_coef']:g}")
+    if control not in ("oracle", "certainty"):
+        words.append(control)
+    return ", ".join(words)
+
+
+def by_setting(runs):
+    """-> {setting in words: {pre-trained model: [the run of each seed]}}.
+
+    The words are the penalty and all other settings with an effect in which the runs differ. Order:
+    by alpha, then from the largest coefficient down; controls, and last no penalty.
+    """
+    others = sorted({name for run in runs for name in run.settings} - PENALTY - NO_EFFECT)
+    varying = [name for name in others if len({str(run.settings.get(name)) for run in runs}) > 1]
+
+    def in_words(run):
+        words = [f"{name} {run.settings.get(name, '-')}" for name in varying]
+        return ", ".join([penalty_in_words(run.settings), *words])
+
+    def order(run):
+        x = run.settings
+        numbers = re.sub(r"\d+", lambda digits: digits[0].zfill(9), in_words(run))  # 3 before 10
+        return (x.get("kl_coef") == 0, x.get("kl_weight", "certainty") != "certainty",
+                x.get("alpha", 0), -x.get("kl_coef", 0), numbers)
+
+    settings = {}
+    for run in sorted(runs, key=order):
+        model = str(run.settings.get("pretrained", f"seed {run.settings['seed']}"))
+        settings.setdefault(in_words(run), {}).setdefault(model, []).append(run)
+    return settings
+
+
+def all_runs(settings):
+    """What by_setting returns -> [Run]."""
+    return [run for setting in settings.values() for runs in setting.values() for run in runs]
+
+
+# ------------------------------------------------------------------ words, tables, figures
+CELLS = dict(nk_identical="identical {long}", nk_varying="varying {long}",  # of accuracies.json
+             sampled_mix="sampled, training mix", n_identical="identical {n}")
+TITLES = dict(  # the same, and columns of log.csv
+    nk_identical="two {long}-digit numbers, %", nk_varying="one or two {long}-digit numbers, %",
+    n_identical="two {n}-digit numbers, %", n_sampled="two {n}-digit numbers, sampled, %",
+    sampled_mix="sampled, training mix, %", success="right answers in training, %",
+    p_critical="P(right critical token), %", p_copied="P(right copied digit), %",
+    kl="KL, nats a token", loss="loss, nats a token",
+    n_nats="loss on 1 to {n} digits, nats a token")
+TITLES |= {f"p_l{line}o{operand}": f"P(last comma), line {line}, number {operand}, %"
+           for line in (1, 2, 3) for operand in (1, 2)}
+LOOKS = {  # a setting has one colour and one marker in all figures
+    "alpha 0": ("black", "o"), "alpha 1": ("#6baed6", "^"), "alpha 3": ("#2171b5", "s"),
+    "alpha 10": ("#08306b", "D"), "alpha 100": ("#9e9ac8", "P"), "alpha 1000": ("#54278f", "*"),
+    "alpha 0, kl_coef 0.05": ("0.35", "v"), "alpha 0, kl_coef 0.025": ("0.6", "<"),
+    "alpha 3, kl_coef 0.05": ("#41b6c4", "h"), "no penalty": ("#cb181d", "X"),
+    "alpha 3, matched": ("#d9a400", "p"), "alpha 100, matched": ("#8c6d00", "p"),
+    "alpha 3, shuffled": ("#e6550d", ">"), "alpha 3, mask": ("#31a354", "d"),
+    "oracle": ("#8c510a", "H")}
+SPARE = ("#1b9e77", "s"), ("#e7298a", "^"), ("#666666", "D"), ("#a6761d", "v"), ("#7570b3", "o")
+
+
+def title(name, settings):
+    """"nk_identical" -> "two 6-digit numbers, %"; "two N+k-digit numbers" if runs differ in N."""
+    lengths = {(run.settings["digits"], run.settings["extra_digits"]) for run in all_runs(settings)}
+    n, long = "N", "N+k"
+    if len(lengths) == 1:
+        [(n, k)] = lengths
+        long = n + k
+    return TITLES.get(name, name).format(n=n, long=long)
+
+
 def table(*rows):
     """Rows of cells, the first are the titles -> Markdown."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -139,148 +261,417 @@ def table(*rows):
 def with_interval(values, form):
     """"1.0 [-1.5, 3.5]"; of one value "1.0", of none "-"."""
     if len(values) < 2:
-        return "".join(f"{x:{form}}" for x in values) or "-"
-    return "{:{form}} [{:{form}}, {:{form}}]".format(*interval(values), form=form)
+        return "".join(format(x, form) for x in values) or "-"
+    mean, low, high = (format(x, form) for x in interval(values))
+    return f"{mean} [{low}, {high}]"
 
 
 def with_share(k, n):
     """"5 of 5: 100% [57%, 100%]"."""
-    return f"{k} of {n}" + (": {:.0%} [{:.0%}, {:.0%}]".format(*share(k, n)) if n else "")
+    if n == 0:
+        return "0 of 0"
+    return "{} of {}: {:.0%} [{:.0%}, {:.0%}]".format(k, n, *wilson_interval(k, n))
 
 
-def style(i, n):
-    """Colours of rising lightness and different markers: n settings that are legible in grey."""
-    return dict(color=plt.get_cmap("viridis")(0.9 * i / max(n - 1, 1)), marker="os^DvPX*<>"[i % 10])
+def look(label, i):
+    """Colour and marker of a setting; i: its place among those of a figure."""
+    color, marker = LOOKS.get(label, SPARE[i % len(SPARE)])
+    return dict(color=color, marker=marker)
 
 
-def save_figure(figure, folder, name):
-    """Save it, with a legend below of what its first axes show."""
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=int(figure.get_figwidth() // 3.5), frameon=False, fontsize=8)
+def new_figure(n_panels, width, height, heading):
+    """A figure with panels of width x height inches, three in a row -> (figure, axes)."""
+    columns, rows = min(n_panels, 3), math.ceil(n_panels / 3)
+    figure = Figure((max(columns * width, 6), rows * height + 0.6), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, at) for at in range(1, n_panels + 1)]
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.suptitle(heading, fontsize=9)
+    return figure, axes
+
+
+def models_in_words(settings):
+    """"mean of 10 models, 95% interval": what the figures of these settings are."""
+    counts = sorted({len(setting) for setting in settings.values()})
+    if counts == [1]:
+        return "one model"
+    return f"mean of {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} models, 95% interval"
+
+
+def save(folder, name, write):
+    """Make the file folder/name; write(file) fills it."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / name, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    write_file(folder / name, write)
     print(f"saved {folder / name}")
 
 
-# ------------------------------------------------------------------ tokens
-CLASSES = ("closed early", "copied digit", "elsewhere")
-COLOURS = LinearSegmentedColormap.from_list("certainty", ["red", "gold", "white"])
+def save_figure(figure, folder, name):
+    """Save a figure as a picture: the same figure as the same bytes."""
+    save(folder, name, lambda file: figure.savefig(file, format="png", dpi=120,
+                                                   metadata={"Software": None}))
 
 
-def token_classes(a, b, n_digits):
-    """{index: class}; "closed early": the paper's critical tokens; all others are "elsewhere"."""
-    return {index: "copied digit" if name == "copied" else "closed early"
-            for (_, _, name), index in data.critical_positions(a, b, n_digits).items()}
+# ------------------------------------------------------------------ a model's answers
+Answer = namedtuple("Answer", "a b text sure")  # sure: certainty before each character (len(text),)
+COLOURS = LinearSegmentedColormap.from_list("certainty", ["#7f0000", "#d7301f", "#fdbb84", "white"])
+MOST_ROWS, MOST_COLUMNS = 90, 130  # of characters in a picture: more are not legible
 
 
 def read_texts(model, texts, temperature):
-    """What the model thinks at each character of n texts -> n arrays (len(text), 3).
-
-    Columns: its certainty before the character; 1 if its first choice is another one; -log p of
-    the character in nats, the KL there of a policy that always writes it.
+    """What the model expects before each character -> log-probabilities, (len(text), V) for each
+    text. Row i is what may follow text[:i]; row 0, with nothing before it, is uniform.
     """
-    rows = [torch.tensor(data.encode(text)) for text in texts]
-    ids = pad_sequence(rows, batch_first=True).to(model.lm_head.weight.device)
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-    logits, actions = read(model, ids, lengths, temperature)[0][:, :-1], ids[:, 1:]
-    thoughts = torch.stack([certainty(logits), (logits.argmax(-1) != actions).float(),
-                            -ppo.token_logp(logits, actions)], -1).cpu().numpy()
-    return [np.insert(x[: len(text) - 1], 0, (1, 0, 0), 0) for x, text in zip(thoughts, texts)]
+    found = []
+    for start in range(0, len(texts), 64):
+        rows = [torch.tensor(data.encode(text)) for text in texts[start : start + 64]]
+        ids = pad_sequence(rows, batch_first=True).to(model.lm_head.weight.device)
+        lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+        logp = read(model, ids, lengths, temperature)[0].log_softmax(-1).cpu()
+        uniform = torch.full((1, logp.shape[-1]), -math.log(logp.shape[-1]))
+        found += [torch.cat([uniform, x[: len(row) - 1]]) for x, row in zip(logp, rows)]
+    return found
 
 
-def in_colour(text, certainties):
-    """The text with ANSI background colours by certainty, for a terminal."""
-    out = ""
-    for char, sure in zip(text, certainties):
-        r, g, b = (int(255 * x) for x in COLOURS((sure - 0.6) / 0.4)[:3])
-        out += char if sure > 0.99 else f"\033[48;2;{r};{g};{b}m\033[30m{char}\033[0m"
-    return out
+def solve_problems(model, pairs, temperature):
+    """Greedy answers to problems [(a, b)] -> (correct (n,), [Answer])."""
+    correct, texts = solve(model, pairs)
+    return correct, [Answer(*pair, text, certainty(logp).numpy()) for pair, text, logp in
+                     zip(pairs, texts, read_texts(model, texts, temperature))]
 
 
-def draw_tokens(text, certainties):
-    """The same as a picture (the paper's Figure 5)."""
-    lines, i = text.rstrip().split("\n"), 0
-    grid = np.ones((len(lines), max(map(len, lines))))
-    figure, axis = plt.subplots(figsize=(0.085 * grid.shape[1] + 1, 0.17 * len(lines)))  # inches
-    for row, line in enumerate(lines):
-        grid[row, : len(line)] = certainties[i : i + len(line)]
-        i += len(line) + 1  # with the line break
-        for column, char in enumerate(line):
-            axis.text(column, row, char, ha="center", va="center", family="monospace", size=7)
-    image = axis.imshow(grid, COLOURS, vmin=0.6, vmax=1, aspect="auto")
-    axis.axis("off")
-    figure.colorbar(image, fraction=0.02, pad=0.01, label="certainty of the model")
+def answer_rows(answer):
+    """The answer's lines -> [(line, certainties (len(line),), index of the first wrong character)].
+
+    The index is None in all lines but one. Below that stands the line as it should be; its
+    certainties are None.
+    """
+    a, b, text, sure = answer
+    right, error, rows = data.prompt(a, b) + data.answer(a, b), data.first_error(text, a, b), []
+    start = len(data.prompt(a, b))
+    for line in text[start:].split("\n"):
+        end = start + len(line)
+        if error is not None and start <= error <= end:
+            rows.append((line, sure[start:end], error - start))
+            rows.append((right[start:].partition("\n")[0], None, None))
+        elif line:
+            rows.append((line, sure[start:end], None))
+        start = end + 1
+    return rows
+
+
+def describe(answer):
+    """"123456+70: line 1, operand 1: wrote ']' for ','"."""
+    return f"{answer.a}{answer.b:+}: {data.describe_error(answer.text, answer.a, answer.b)}"
+
+
+def in_text(answer):
+    """The answer for a terminal: a ^ below the first wrong character, then the right line."""
+    lines = [describe(answer)]
+    for line, sure, wrong in answer_rows(answer):
+        mark = "right" if sure is None else "" if wrong is None else "wrote"
+        lines.append(f"{mark:<7}{line}")
+        if wrong is not None:
+            lines.append(" " * (7 + wrong) + "^")
+    return "\n".join(lines)
+
+
+def draw_answers(columns, temperature):
+    """Answers side by side, {title: [Answer]} -> figure (the paper's Figure 5).
+
+    The colours reach from the least certain character to certainty 1. The first wrong character is
+    outlined; below its line stands, in green, the right one. Rows beyond MOST_ROWS are left out.
+    """
+    pages = {}
+    for name, answers in columns.items():
+        rows = [row for x in answers for row in ((describe(x), None, None), *answer_rows(x),
+                                                 ("", None, None))]
+        pages[name] = rows[:MOST_ROWS]
+    n_rows = max(len(rows) for rows in pages.values())
+    width = min(MOST_COLUMNS, max(len(line) for rows in pages.values() for line, _, _ in rows))
+    coloured = [sure for rows in pages.values() for _, sure, _ in rows if sure is not None]
+    scale = Normalize(min(0.99, np.concatenate(coloured).min(initial=1)), 1)
+    figure = Figure((len(pages) * (0.085 * width + 0.2) + 0.9, 0.175 * n_rows + 0.6),
+                    layout="constrained")
+    axes = figure.subplots(1, len(pages), squeeze=False)[0]
+    for axis, (name, rows) in zip(axes, pages.items()):
+        grid = np.ones((n_rows, width))
+        for y, (line, sure, wrong) in enumerate(rows):
+            if sure is not None:
+                grid[y, : len(line)] = sure[:width]
+            for x, char in enumerate(line[:width]):
+                colour = "black" if sure is not None or y == 0 else "#00602b"
+                if scale(grid[y, x]) < 0.5:
+                    colour = "white"
+                axis.text(x, y, char, ha="center", va="center", family="monospace", size=7.5,
+                          color=colour)
+            if wrong is not None:
+                axis.add_patch(Rectangle((wrong - 0.5, y - 0.5), 1, 1, fill=False, lw=2))
+        image = axis.imshow(grid, COLOURS, scale, aspect="auto")
+        axis.set_axis_off()
+        axis.set_title(name, fontsize=9)
+    figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, label="certainty before the "
+                    f"character,\nat temperature {temperature:g}")
     return figure
 
 
-def class_table(classes):
-    """A row a class, of what tokens.json holds; certainty and relative are lists here."""
-    total = sum(x["failures"] for x in classes.values())
-    rows = [[name, with_share(x["failures"], total), with_share(x["failures"], x["answers"]),
-             with_interval(x["certainty"], ".3f"), with_interval(x["relative"], "+.4f")]
-            for name, x in classes.items()]
-    return table(["first wrong", "of the failures", "fatal", "certainty there", "Table 1"], *rows)
+# ------------------------------------------------------------------ answer
+def parse_problem(text, task):
+    """"123456 + 70" -> (123456, 70); of the task "subtract", "12-5" -> (12, -5)."""
+    sign = "+" if task == "add" else "-"
+    found = re.fullmatch(r"([0-9]{1,999}) *([-+]) *([0-9]{1,999})", text.strip())
+    if not found or found[2] != sign:
+        stop(f"{text!r} is not a problem for this model; write one like 123456{sign}70")
+    a, b = int(found[1]), int(sign + found[3])
+    if task == "subtract" and not 0 < -b <= a:
+        stop(f"{text!r}: the second number must be from 1 to the first one")
+    return a, b
+
+
+def place_table(model, a, b, n_digits, temperature, alpha):
+    """What the model expects at each critical token and copied digit, after the right text."""
+    text = data.prompt(a, b) + data.answer(a, b)
+    [logp] = read_texts(model, [text], temperature)
+    names = dict(copied="copied digit", comma1="last comma", digit1="last digit")
+    rows = [["place", "right character", "likeliest", "certainty", f"weight at alpha {alpha:g}"]]
+    for (line, operand, name), i in data.critical_positions(a, b, n_digits).items():
+        sure, best = certainty(logp[i]).item(), int(logp[i].argmax())
+        rows.append([f"line {line}, number {operand}: {names.get(name, name)}",
+                     f"{text[i]}  {logp[i, data.VOCAB.index(text[i])].exp():.1%}",
+                     f"{data.VOCAB[best]}  {logp[i, best].exp():.1%}",
+                     f"{sure:.3f}", f"{sure**alpha:.3f}"])
+    return table(*rows) if len(rows) > 1 else f"none: no number has more than {n_digits} digits"
+
+
+def answer(args):
+    """What one or two models write for one problem, side by side, and what they expect there."""
+    two = len(args.words) > 2 and re.search("[A-Za-z]", args.words[1])
+    paths, problem = args.words[: 1 + bool(two)], " ".join(args.words[1 + bool(two) :])
+    columns = {}
+    for name, path in zip(("before: ", "after: ") if two else ("",), paths):
+        model, facts = load_checkpoint(path, args.device)
+        a, b = parse_problem(problem, facts["task"])
+        if len(data.prompt(a, b) + data.answer(a, b)) > model.config.block_size:
+            stop(f"{path} has no positions for an answer as long as that to {problem}")
+        [correct], [written] = solve_problems(model, [(a, b)], args.temperature)
+        columns[name + path] = [written]
+        print(f"{name}{path} writes (its likeliest character each time)\n\n{in_text(written)}\n\n"
+              f"The result is {'right' if correct else 'wrong'}. Critical tokens and copied digits, "
+              f"after the right text, at temperature {args.temperature:g}:\n\n"
+              f"{place_table(model, a, b, facts['digits'], args.temperature, args.alpha)}\n")
+    save_figure(draw_answers(columns, args.temperature), args.out, "answer.png")
+
+
+# ------------------------------------------------------------------ tokens
+CLASSES = ("critical token", "copied digit", "elsewhere")
+
+
+def token_classes(a, b, n_digits):
+    """{index into prompt + answer: class}; what is not in it is "elsewhere"."""
+    return {index: "copied digit" if name == "copied" else "critical token"
+            for (_, _, name), index in data.critical_positions(a, b, n_digits).items()}
+
+
+def first_wrong(answers, correct, n_digits):
+    """By the class of the first wrong token: how many answers, how many with a wrong result, and
+    the mean certainty at these tokens (of all these answers; None if there is none).
+    """
+    found = {name: [] for name in CLASSES}
+    for x, right in zip(answers, correct):
+        error = data.first_error(x.text, x.a, x.b)
+        if error is not None:
+            kind = token_classes(x.a, x.b, n_digits).get(error, "elsewhere")
+            found[kind].append((not right, x.sure[min(error, len(x.sure) - 1)]))
+    return {name: dict(answers=len(x), failures=int(sum(wrong for wrong, _ in x)),
+                       certainty=float(np.mean([sure for _, sure in x])) if x else None)
+            for name, x in found.items()}
+
+
+def after_right_text(model, pairs, n_digits, temperature):
+    """By class, what the model expects at each answer token of right answers: how many tokens, how
+    many of certainty below 0.9, mean certainty, mean probability of the right token.
+    """
+    found = {name: [] for name in CLASSES}
+    texts = [data.prompt(a, b) + data.answer(a, b) for a, b in pairs]
+    for (a, b), text, logp in zip(pairs, texts, read_texts(model, texts, temperature)):
+        classes, sure = token_classes(a, b, n_digits), certainty(logp).tolist()
+        p_right = logp[range(len(text)), data.encode(text)].exp().tolist()
+        for i in range(len(data.prompt(a, b)), len(text)):
+            found[classes.get(i, "elsewhere")].append((sure[i], p_right[i]))
+    return {name: dict(tokens=len(x), unsure=sum(sure < 0.9 for sure, _ in x),
+                       certainty=float(np.mean([sure for sure, _ in x])) if x else None,
+                       p_right=float(np.mean([p for _, p in x])) if x else None)
+            for name, x in found.items()}
+
+
+def paper_table_1(model, answers, n_digits):
+    """The paper's Table 1 -> {temperature: certainty at critical tokens minus that of all others}.
+
+    Of 50 greedy answers, whole: for each critical token that the answer reaches without an error,
+    its certainty minus the mean of the answer's other tokens; the mean of an answer; the mean of
+    all answers with such a token (None if there is none).
+    """
+    found = {}
+    for temperature in 1, 2, 4:
+        texts, differences = [x.text for x in answers[:50]], []
+        for x, logp in zip(answers, read_texts(model, texts, temperature)):
+            start, error = len(data.prompt(x.a, x.b)), data.first_error(x.text, x.a, x.b)
+            sure = certainty(logp[start:]).numpy()  # (answer tokens,)
+            others = (sure.sum() - sure) / max(1, len(sure) - 1)
+            reached = [i - start for i, kind in token_classes(x.a, x.b, n_digits).items()
+                       if kind == "critical token" and i < len(x.text) and
+                       (error is None or i <= error)]
+            if reached:
+                differences.append(float((sure - others)[reached].mean()))
+        found[str(temperature)] = float(np.mean(differences)) if differences else None
+    return found
+
+
+def tokens_text(models):
+    """What tokens.json of one or more models say: sums of counts; means over the models."""
+    def total(part, name, kind=None):
+        return sum(x[part][k][name] for x in models for k in CLASSES if kind in (None, k))
+
+    def mean(values, form):
+        return with_interval([x for x in values if x is not None], form)
+
+    rows = [["first wrong token", "of the failures", "of these, result wrong", "certainty there"]]
+    rows += [[kind, with_share(total("first_wrong", "failures", kind),
+                               total("first_wrong", "failures")),
+              with_share(total("first_wrong", "failures", kind),
+                         total("first_wrong", "answers", kind)),
+              mean([x["first_wrong"][kind]["certainty"] for x in models], ".3f")]
+             for kind in CLASSES]
+    fed = [["token of a right answer", "tokens", "certainty", "below 0.9", "P(right), %"]]
+    fed += [[kind, str(total("right_text", "tokens", kind)),
+             mean([x["right_text"][kind]["certainty"] for x in models], ".3f"),
+             with_share(total("right_text", "unsure", kind), total("right_text", "tokens", kind)),
+             mean([100 * x["right_text"][kind]["p_right"] for x in models
+                   if x["right_text"][kind]["tokens"]], ".1f")] for kind in CLASSES]
+    paper = [["temperature", "1", "2", "4"], ["critical tokens minus others"] + [
+        mean([x["table_1"][t] for x in models], "+.3f") for t in ("1", "2", "4")]]
+    unsure = total("right_text", "unsure")
+    freed = unsure - total("right_text", "unsure", "elsewhere")
+    return (f"{table(*rows)}\n\nAfter the right text:\n\n{table(*fed)}\n\n"
+            f"Tokens of certainty below 0.9 that are critical tokens or copied digits: "
+            f"{with_share(freed, unsure)}.\n\nThe paper's Table 1 (N = 3, 5, 7: -0.33, -0.21, "
+            f"-0.13, at a temperature that it does not name), 50 whole greedy answers a model:\n\n"
+            f"{table(*paper)}\n")
+
+
+def check_fits(path, model, n_digits, task):
+    if data.max_length(n_digits, task) > model.config.block_size:
+        stop(f"{path} has no positions for {n_digits} digits; choose fewer --extra_digits")
 
 
 def tokens(args):
-    """Write tokens.png and tokens.json. The json has for each class of tokens: answers, how many
-    first go wrong there; failures, how many of these have a wrong result; certainty, the mean at
-    the first wrong tokens; relative, the paper's Table 1: of all answers, up to the first error,
-    the certainty of the class's tokens minus that of the answer's other tokens.
-    """
-    # 1. One set of greedy answers.
-    model, facts = load_checkpoint(args.checkpoint, get_device(args.device))
+    """Write tokens.json and tokens.png, and print them: where a model goes wrong, how sure it is."""
+    model, facts = load_checkpoint(args.checkpoint, args.device)
     n, long = facts["digits"], facts["digits"] + args.extra_digits
-    if data.max_length(long, facts["task"]) > model.config.block_size:
-        stop(f"{args.checkpoint} has no positions for {long} digits; give fewer --extra_digits")
-    pairs = pretrain.sample_problems(args.problems, long, "varying", 1, facts["task"])
-    correct, texts = pretrain.solve(model, pairs)
-    solutions = [data.prompt(a, b) + data.answer(a, b) for a, b in pairs]
-    read_both = [read_texts(model, x, args.temperature) for x in (texts, solutions)]
-
-    # 2. What the model wrote, up to the first error, and what it thinks of the right answer.
-    classes = {name: dict(answers=0, failures=0, certainty=[], relative=[]) for name in CLASSES}
-    shown, places, halved = [], {}, 0
-    for (a, b), text, right, thoughts, on_right in zip(pairs, texts, correct, *read_both):
-        sure = thoughts[:, 0]
-        start, known = len(data.prompt(a, b)), token_classes(a, b, n)
-        sure[:start] = 1.0  # the prompt is given
-        title = f"{a}{b:+}: {data.describe_error(text, a, b)}"
-        end = data.first_error(text, a, b)
-        if end is not None:
-            first = known.get(end, "elsewhere")
-            title += f", certainty {sure[end]:.2f}, {first}"
-            classes[first]["answers"] += 1
-            classes[first]["failures"] += int(not right)
-            classes[first]["certainty"].append(float(sure[end]))
-            halved += int(not right and sure[end] ** 3 <= 0.5)
-        shown.append((right, f"{title}\n{text}\n", [*np.ones(len(title) + 1), *sure, 1.0]))
-        answer = sure[start : (end or len(sure)) + 1]
-        relative = answer - (answer.sum() - answer) / max(1, len(answer) - 1)
-        kinds = np.array([known.get(start + j, "elsewhere") for j in range(len(answer))])
-        for name in set(kinds.tolist()):
-            classes[name]["relative"].append(float(relative[kinds == name].mean()))
-        for j in range(start, len(on_right)):
-            places.setdefault((data.place(a, b, j), known.get(j, "")), []).append(on_right[j])
-
-    # 3. Save it and show it.
-    shown = sorted(shown, key=lambda x: x[0])[: args.show]  # failures first
-    text, sure = "".join(x[1] for x in shown), sum((x[2] for x in shown), [])
-    save_figure(draw_tokens(text, sure), args.out, "tokens.png")
-    rows = [[*place, str(len(x)), *map("{:.4f}".format, np.mean(x, 0))]
-            for place, x in sorted(places.items())]
-    means = {name: x | {key: float(np.mean(x[key])) if x[key] else None
-                        for key in ("certainty", "relative")} for name, x in classes.items()}
+    check_fits(args.checkpoint, model, long, facts["task"])
+    pairs = data.sample_problems(args.problems, long, "varying", 1, facts["task"])
+    correct, answers = solve_problems(model, pairs, args.temperature)
     contents = dict(digits=n, extra_digits=args.extra_digits, temperature=args.temperature,
-                    problems=len(pairs), right=int(correct.sum()), classes=means)
-    (args.out / "tokens.json").write_text(json.dumps(contents, indent=1))
-    print(in_colour(text, sure) if sys.stdout.isatty() else text)
-    print(f"{correct.sum()} of {len(pairs)} problems of {long} digits right, greedy\n\n"
-          "Where answers first go wrong (closed early: at a critical token)\n"
-          f"{class_table(classes)}\n{halved} failures begin at a token that keeps at most half of "
-          "its penalty at alpha 3.\n\nEvery place, fed the right answers\n"
-          f"{table(['place', 'class', 'tokens', 'certainty', 'wrong', 'nats'], *rows)}")
+                    problems=len(pairs), right=int(correct.sum()),
+                    first_wrong=first_wrong(answers, correct, n),
+                    right_text=after_right_text(model, pairs, n, args.temperature),
+                    table_1=paper_table_1(model, answers, n))
+    text = json.dumps(contents, indent=1, allow_nan=False)
+    save(args.out, "tokens.json", lambda file: file.write(text.encode()))
+
+    failures_first = np.argsort(correct, kind="stable")[: args.show]
+    columns = {args.checkpoint: [answers[i] for i in failures_first]}
+    if args.after:
+        model, _ = load_checkpoint(args.after, args.device)
+        check_fits(args.after, model, long, facts["task"])
+        columns[args.after] = solve_problems(model, [pairs[i] for i in failures_first],
+                                             args.temperature)[1]
+    save_figure(draw_answers(columns, args.temperature), args.out, "tokens.png")
+    for shown in columns.values():
+        print("\n\n".join(["", *map(in_text, shown)]))
+    print(f"\n{correct.sum()} of {len(pairs)} problems with one or two {long}-digit numbers are "
+          f"right (greedy). Certainties are at temperature {args.temperature:g}, those of first "
+          f"wrong tokens over the answers that go wrong there.\n\n{tokens_text([contents])}")
+
+
+# ------------------------------------------------------------------ explain
+def explain(args):
+    """Let a run, as it stands, answer its next problems, and explain one of the answers."""
+    import ppo  # nothing else here needs it
+    settings = read_file(args.run_folder / "settings.json", parse_settings)
+    options = sorted(vars(ppo.parse_args([])).keys() & settings.keys())
+    run = ppo.parse_args([f"--{name}={settings[name]}" for name in options])
+    path = args.checkpoint or run.checkpoint
+    reference, facts = load_checkpoint(path, args.device)
+    if ppo.pretrained_name(reference, facts) != settings.get("pretrained"):
+        stop(f"{args.run_folder} is not a run of ppo.py that began with {path}; give its model with "
+             "--checkpoint")
+    check_fits(path, reference, facts["digits"] + run.extra_digits, facts["task"])
+    policy, step = copy.deepcopy(reference), 0
+    value_head = ppo.ValueHead(policy.config.n_embd).to(args.device)
+
+    def load_state(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["settings"] != settings:
+            raise ValueError("its settings are not those of settings.json")
+        policy.load_state_dict(state["policy"])
+        value_head.load_state_dict(state["value_head"])
+        if not all(p.isfinite().all() for p in policy.parameters()):
+            raise ValueError("a weight is nan or infinite")
+        return int(state["step"])
+
+    if (args.run_folder / "state.pt").exists():
+        step = read_file(args.run_folder / "state.pt", load_state)
+    else:
+        print("nothing is saved so far: the policy is still the reference, and k2 is 0")
+    pairs, generator = ppo.draw_problems(run, facts, step + 1, args.device)
+    batch = ppo.rollout(policy, value_head, reference, pairs, facts["digits"], run, generator)
+    batch["advantages"] = ppo.normalize(batch["advantages"], batch["mask"])
+    print(explain_text(batch, pairs, facts["digits"], run, ppo.known_critical))
+
+
+def explain_text(batch, pairs, n_digits, args, known_critical):
+    """One answer of a rollout, token by token, and what the reference expected at one token: the
+    right answer with the largest k2 at a critical token or copied digit of weight 1/2 or less.
+    """
+    texts = [data.decode([state[0], *actions[:n]]) for state, actions, n in zip(
+        batch["states"].tolist(), batch["actions"].tolist(), batch["n_actions"].tolist())]
+    critical = known_critical(texts, pairs, n_digits, batch["mask"])  # (B, T), as all of these
+    sure = certainty(batch["ref_logits"])
+    k2 = prioritized_kl(batch["old_logp"], batch["ref_logp"], 1)
+    penalty = prioritized_kl(batch["old_logp"], batch["ref_logp"], batch["weight"])
+    # Before the first update every k2 is 0: then the least certain critical token decides.
+    freed = (k2 * (batch["weight"] <= 0.5) + 1e-6 * (1 - sure)) * critical
+    others = batch["success"] < batch["success"].max()  # the wrong answers, if one is right
+    i = int(freed.amax(1).masked_fill(others, -1).argmax())
+    (a, b), text, at = pairs[i], texts[i], int(freed[i].argmax())
+    loss = -batch["advantages"] + args.kl_coef * penalty  # the ratio is 1; no entropy bonus here
+
+    lines = [text, f"reward {batch['success'][i]:.0f} ({data.describe_error(text, a, b)}); mean "
+             f"reward of {len(pairs)} episodes {batch['success'].mean():.2f}", "",
+             "* a critical token or copied digit; not shown: the reference is sure, k2 is small",
+             "loss = -advantage (normalized) + kl_coef * weight * k2", "",
+             "  place             token logp_ref    logp     k2 certainty weight penalty advantage"
+             "    loss"]
+    error = data.first_error(text, a, b)
+    for t in batch["mask"][i].nonzero()[:, 0].tolist():
+        if sure[i, t] > 0.9 and k2[i, t] < 0.02 and not critical[i, t]:
+            continue
+        place = data.place(a, b, t + 1) if error is None or t + 1 <= error else "after the error"
+        lines.append(f"{'*' if critical[i, t] else ' '} {place:<17} {text[t + 1]!r:>5} "
+                     f"{batch['ref_logp'][i, t]:8.4f} {batch['old_logp'][i, t]:7.4f} "
+                     f"{k2[i, t]:6.3f} {sure[i, t]:9.4f} {batch['weight'][i, t]:6.3f} "
+                     f"{penalty[i, t]:7.4f} {batch['advantages'][i, t]:9.3f} {loss[i, t]:7.3f}")
+    logits = batch["ref_logits"][i, at]
+    probs, V = logits.softmax(-1), len(logits)
+    lines += ["", f"the reference at {data.place(a, b, at + 1)} (written: {text[at + 1]!r})",
+              "  token   logit       p  -p log p"]
+    for token in probs.argsort(descending=True)[:4].tolist():
+        p = probs[token].item()
+        lines.append(f"  {data.VOCAB[token]!r:>5} {logits[token]:7.3f} {p:7.4f} "
+                     f"{-p * math.log(p):9.4f}")
+    lines.append(f"entropy H of all {V}: {(1 - sure[i, at]) * math.log(V):.4f}; J = 1 - H / log {V} "
+                 f"= {sure[i, at]:.4f}; J^{args.alpha:g} = {sure[i, at] ** args.alpha:.4f}")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------ curves
@@ -288,207 +679,205 @@ VIEWS = {  # columns of log.csv
     "curves": "success nk_identical nk_varying n_identical p_critical kl loss".split(),
     "critical": "p_l1o1 p_l2o1 p_l3o1 p_l1o2 p_l2o2 p_l3o2 p_copied".split(),  # Figure 7
     "drift": "kl n_identical n_sampled n_nats".split()}
-TITLES = dict(nk_identical="identical N+k", nk_varying="varying N+k", n_identical="identical N",
-              p_critical="P(right critical token)", kl="KL, nats a token")
 
 
-def draw_curves(settings, view):
-    """Panels of a view, or of one column: mean over models and 95% band of each setting."""
-    logs = [run.log for setting in settings.values() for run in sum(setting.values(), [])]
-    x_name = "episodes" if "episodes" in logs[0].dtype.names else "step"
-    panels = [name for name in VIEWS.get(view, [view]) if all(
-        {x_name, name} <= set(log.dtype.names) and not np.isnan(log[name]).all() for log in logs)]
-    if not panels:
-        stop(f"not all of these runs have logged what --show {view} shows")
-    columns, rows = min(3, len(panels)), math.ceil(len(panels) / 3)
-    figure = plt.figure(figsize=(3.6 * max(columns, 1.5), 2.7 * rows + 0.6))
-    for at, name in enumerate(panels, 1):
-        axis = figure.add_subplot(rows, columns, at, xlabel=x_name, title=TITLES.get(name, name))
-        for i, (label, setting) in enumerate(settings.items()):
-            x = min((run.log[x_name] for run in sum(setting.values(), [])), key=len)  # unfinished?
-            y = [np.mean([run.log[name][: len(x)] for run in same], 0) for same in setting.values()]
-            known, look = ~np.isnan(y).any(0), style(i, len(settings))
-            mean, low, high = np.transpose([interval(values) for values in np.transpose(y)[known]])
-            axis.plot(x[known], mean, **look, markersize=3, markevery=math.ceil(len(mean) / 20),
-                      label=f"{label} (models: {len(y)})")
-            axis.fill_between(x[known], low, high, color=look["color"], alpha=0.15, lw=0)
+def draw_curves(settings, names):
+    """Learning curves of columns of log.csv -> figure.
+
+    A panel a column; if there is one column and more than two settings, a panel a setting, in which
+    the first setting is repeated, dashed. There are bands where at most two curves meet.
+    """
+    logs = [run.log for run in all_runs(settings)]
+    x_name = "episodes" if "episodes" in logs[0] else "step"
+    names = [name for name in names if all(x_name in log and name in log for log in logs)]
+    if not names:
+        stop("not all of these runs have logged what is to be shown")
+    first, *others = labels = list(settings)
+    panels = [(title(name, settings), name, labels) for name in names]
+    if len(names) == 1 and len(labels) > 2:
+        panels = [(label, names[0], [first, label]) for label in others]
+    heading = models_in_words(settings)
+    if len(names) == 1:
+        heading = f"{title(names[0], settings)}: {heading}"
+    figure, axes = new_figure(len(panels), 3.6, 2.6, heading)
+    for axis, (heading, name, shown) in zip(axes, panels):
+        for label in shown:
+            runs = [runs for runs in settings[label].values()]
+            x = min((run.log[x_name] for same in runs for run in same), key=len)  # unfinished?
+            scale = 100 if title(name, settings).endswith("%") else 1
+            y = scale * np.array([np.mean([run.log[name][: len(x)] for run in same], 0)
+                                  for same in runs])  # (models, rows)
+            known = ~np.isnan(y).any(0)
+            points = np.array([interval(values) for values in y[:, known].T]).reshape(-1, 3)
+            style = look(label, labels.index(label))
+            style["linestyle"] = "--" if label == first and shown != labels else "-"
+            axis.plot(x[known], points[:, 0], **style, markersize=4, label=label,
+                      markevery=math.ceil(len(points) / 20) or 1)
+            if len(shown) <= 2 and len(y) > 1:
+                axis.fill_between(x[known], points[:, 1], points[:, 2], color=style["color"],
+                                  alpha=0.2, lw=0)
+        axis.set_title(heading, fontsize=10)
+        axis.set_xlabel("answers in training" if x_name == "episodes" else "training step")
+        if scale == 100:
+            axis.set_ylim(0, 100)
+    if panels[0][2] == labels:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                      frameon=False)
     return figure
 
 
 def curves(args):
-    figure = draw_curves(by_setting(load_runs(args.runs)), args.show)
+    """Save the learning curves of runs."""
+    settings = by_setting(load_runs(args.runs))
+    figure = draw_curves(settings, VIEWS.get(args.show, [args.show]))
     save_figure(figure, args.out, f"{args.show}.png")
 
 
 # ------------------------------------------------------------------ compare
-OUTCOMES = ("identical N+k", "varying N+k", "identical N")  # learned, learned, kept
+OUTCOMES = ("nk_identical", "nk_varying", "sampled_mix", "n_identical")
 
 
-def outcomes(setting, name):
-    """{pre-trained model: value}: of OUTCOMES, in %; "KL", in the last iteration; or "alpha"."""
-    def measure(run):
-        if "before" not in run.accuracies:
-            stop(f"{run.folder} is not a finished run of ppo.py; the command of a run resumes it")
-        n, k = run.settings["digits"], run.settings["extra_digits"]
-        cell = name.replace("N+k", str(n + k)).replace("N", str(n))
-        others = {"KL": run.log["kl"][-1], "alpha": run.settings["alpha"]}
-        return others[name] if name in others else 100 * run.accuracies["after"][cell]
-    return {model: np.mean([measure(run) for run in runs]) for model, runs in setting.items()}
-
-
-def verdict(points):
-    """"higher: +2.0 [+0.5, +3.5] points, p = 0.031"; "not told apart" if the interval holds 0."""
-    _, low, high = interval(points)
-    word = "higher" if low > 0 else "lower"
-    if not (low > 0 or high < 0):
-        word = "not told apart"
-    return f"{word}: {with_interval(points, '+.1f')} points, p = {sign_flip_p(points):.3f}"
-
-
-def compare_text(settings):
-    """A table with a row a setting, then a line on what sets each of them off the first one."""
-    first, rows, lines = next(iter(settings)), [], ""
-    for label, setting in settings.items():
-        solved = [with_interval(list(outcomes(setting, name).values()), ".1f") for name in OUTCOMES]
-        kl = with_interval(list(outcomes(setting, "KL").values()), ".4f")
-        rows.append([label, str(len(setting)), *solved, kl])
-        if label != first:
-            learned, kept = (verdict(pair(outcomes(setting, name), outcomes(settings[first], name)))
-                             for name in ("identical N+k", "identical N"))
-            lines += (f"- {label} against {first} (models: {len(setting)}): "
-                      f"identical N+k {learned}; identical N {kept}\n")
-    return f"{table(['setting', 'models', *OUTCOMES, 'KL'], *rows)}\n\n{lines}"
-
-
-def at_equal_kl(settings):
-    """A line a setting: what it learned more than the standard penalty at the same KL: for each
-    model, between alpha 0's coefficients and no penalty, linear in log KL; constant beyond them.
+def outcomes(setting, name, when="after"):
+    """{pre-trained model: result}: name in CELLS, in %, or "kl" in the last iteration, in nats a
+    token. {} if a run has no such result. when: "before" or "after" fine-tuning.
     """
-    text, measured = "", {label: [outcomes(setting, name) for name in ("KL", "identical N+k")]
-                          for label, setting in settings.items()}
-    standard = [x for label, x in measured.items() if re.match("alpha 0|no penalty", label)]
-    for label, (kl, learned) in measured.items():
-        if [kl, learned] not in standard:
-            curves = {m: sorted((math.log(x[m]), y[m]) for x, y in standard) for m in kl}
-            more = [learned[m] - np.interp(math.log(kl[m]), *zip(*curves[m])) for m in kl]
-            text += f"- {label} against alpha 0 at the same KL: identical N+k {verdict(more)}\n"
-    return text
+    def result(run):
+        if "before" not in run.accuracies:
+            stop(f"{run.folder} is not a finished run of ppo.py; a run's own command resumes it")
+        if name == "kl":
+            return run.log["kl"][-1]
+        n, k = run.settings["digits"], run.settings["extra_digits"]
+        return 100 * run.accuracies[when].get(CELLS[name].format(n=n, long=n + k), math.nan)
+
+    means = {model: float(np.mean([result(run) for run in runs])) for model, runs in setting.items()}
+    return {} if np.isnan(list(means.values())).any() else means
 
 
-def draw_compare(settings):
-    """OUTCOMES against alpha if only it differs (the paper's Figure 6), else against the KL."""
-    x_name, scale = "KL", dict(value="log", subs=[2, 5])
-    if all(re.fullmatch(r"alpha \S+", label) for label in settings):
-        x_name, scale = "alpha", dict(value="symlog", linthresh=1)
-    figure, axes = plt.subplots(1, 3, figsize=(10.8, 3.6))
-    for axis, name in zip(axes, OUTCOMES):
-        for i, (label, setting) in enumerate(settings.items()):
-            x, y = (list(outcomes(setting, what).values()) for what in (x_name, name))
-            (mean, low, high), look = interval(y), style(i, len(settings))
-            axis.plot(x, y, **look, linestyle="", markersize=3, alpha=0.4)  # models
-            axis.errorbar(np.mean(x), mean, [[mean - low], [high - mean]], **look, linestyle="",
-                          markeredgecolor="0.2", capsize=3, label=label)
-        axis.set_xscale(**scale)
-        axis.xaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-        axis.set(title=f"{name}, % solved", xlabel=TITLES.get(x_name.lower(), x_name))
+def verdict(differences):
+    """"higher: +2.0 [+0.5, +3.5], p = 0.031"; without the word if the interval holds 0."""
+    if len(differences) < 2:
+        return with_interval(differences, "+.1f")
+    _, low, high = interval(differences)
+    word = "higher: " if low > 0 else "lower: " if high < 0 else ""
+    return f"{word}{with_interval(differences, '+.1f')}, p = {sign_flip_p(differences):.3f}"
+
+
+def compare_text(settings, first=None):
+    """The results of each setting, and how far each is from the first one on the same models."""
+    first = first or next(iter(settings))
+    rows = [["setting (models)", *(title(name, settings) for name in OUTCOMES),
+             title("kl", settings)]]
+    models = {model: runs for setting in settings.values() for model, runs in setting.items()}
+    rows.append([f"before ({len(models)})"] + [
+        with_interval(list(outcomes(models, name, "before").values()), ".1f") for name in OUTCOMES]
+        + ["-"])
+    for label, setting in settings.items():
+        rows.append([f"{label} ({len(setting)})"] + [
+            with_interval(list(outcomes(setting, name).values()), ".1f") for name in OUTCOMES]
+            + [with_interval(list(outcomes(setting, "kl").values()), ".4f")])
+    text = table(*rows)
+    others = [label for label in settings if label != first]
+    if len(models) == 1 or not others:
+        return text
+    rows = [[f"minus {first} (models of both)", *(title(name, settings).removesuffix(", %")
+                                                  for name in OUTCOMES if name != "nk_varying")]]
+    for label in others:
+        pairs = [paired_differences(outcomes(settings[label], name), outcomes(settings[first], name))
+                 for name in OUTCOMES if name != "nk_varying"]
+        rows.append([f"{label} ({len(pairs[0])})", *map(verdict, pairs)])
+    return f"{text}\n\n{table(*rows)}"
+
+
+def draw_compare(settings, first=None):
+    """What was learned and what was kept, a row a setting -> figure."""
+    first = first or next(iter(settings))
+    figure, axes = new_figure(2, 4.6, 0.33 * len(settings) + 0.9,
+                              f"large: {models_in_words(settings)}; small: each model; dashed: "
+                              f"{first}")
+    for axis, word, name in zip(axes, ("learned", "kept"), ("nk_identical", "n_identical")):
+        lowest = 100
+        for y, (label, setting) in enumerate(settings.items()):
+            values = list(outcomes(setting, name).values())
+            if not values:
+                continue
+            lowest, style = min(lowest, *values), look(label, y)
+            mean, low, high = interval(values)
+            axis.plot(values, [y] * len(values), **style, linestyle="", markersize=4, alpha=0.35)
+            if len(values) > 1:
+                ends = np.clip([low, high], 0, 100)
+                axis.plot(ends, [y, y], color=style["color"], lw=2)
+            axis.plot(mean, y, **style, markersize=9, markeredgecolor="white")
+            if label == first:
+                axis.axvline(mean, color=style["color"], linestyle="--", lw=1)
+        axis.set_yticks(range(len(settings)), list(settings) if axis is axes[0] else [])
+        axis.set_ylim(len(settings) - 0.5, -0.5)
+        axis.set_xlim(0 if word == "learned" else 10 * (lowest // 10), 100)
+        axis.set_title(f"{word}: {title(name, settings)}", fontsize=10)
     return figure
 
 
 def compare(args):
+    """Print the results of runs and save them as a picture."""
     settings = by_setting(load_runs(args.runs))
-    text = compare_text(settings)
-    save_figure(draw_compare(settings), args.out, "compare.png")
-    print(f"\n% solved, and KL in nats a token, [95% interval]; p: exact sign-flip test\n\n{text}")
-
-
-# ------------------------------------------------------------------ report
-SECTIONS = [  # figure; question; runs, the first setting is what others are compared with; view
-    ("exponent", "Does weighting by certainty^alpha help?", "exponent/*", ""),
-    ("learning", "How fast is it learned?", "*/alpha[03]_m* */alpha100_* less/n*", "nk_identical"),
-    ("less", "More than a smaller coefficient?", "exponent/alpha3_* exponent/alpha0_* less/*", ""),
-    ("free", "Is a large alpha more than no penalty?", "less/none_* exponent/alpha10*_*", ""),
-    ("half", "And with half the coefficient?", "less/alpha0_half_* less/alpha3_half_*", ""),
-    ("places3", "Does it matter which tokens are freed?", "exponent/alpha3_* places/*3_*", ""),
-    ("places100", "And at alpha 100?", "exponent/alpha100_* places/*100_*", ""),
-    ("oracle", "The idea or the detector?", "places/oracle_* exponent/alpha[03]_*", ""),
-    ("kl", "Is it how far the policy moves?", "exponent/alpha0_* exponent/* less/* places/*", ""),
-    ("high_lr", "Where is a penalty needed? (--lr 5e-4)", "high_lr/*0.1_* high_lr/none_*", ""),
-    ("high_lr_less", "And half of it at 5e-4?", "high_lr/alpha3*[04-7] high_lr/*[04-7]", "")]
-
-
-def command(run):
-    """The command that made a setting's runs: its options are what differs from the defaults."""
-    defaults = vars(ppo.parse_args([])[1])
-    options = [f"--{name} {value}".removesuffix(".0") for name, value in run.settings.items()
-               if value != defaults.get(name, value)]
-    folder = "assets/runs/" + "/".join(run.folder.parts[-2:]).split("_model")[0]
-    return " ".join([f"python ppo.py --checkpoint $model --out {folder}_model$m", *options])
-
-
-def pretrained(args):
-    """Where the pre-trained models fail, all of them together."""
-    runs, classes = load_runs([f"{args.runs}/pretrained/*"]), {}
-    models = [json.loads((run.folder / "tokens.json").read_text())["classes"] for run in runs]
-    for name in CLASSES:
-        x = {key: [model[name][key] for model in models if model[name][key] is not None]
-             for key in models[0][name]}
-        classes[name] = x | dict(answers=sum(x["answers"]), failures=sum(x["failures"]))
-    solved = [[run.folder.name, *(f"{100 * x:.1f}" for x in run.accuracies["after"].values())]
-              for run in runs]
-    save_figure(draw_curves(by_setting(runs), "curves"), args.out, "pretrained.png")
-    return (f"\nModels: {len(runs)}.\n\n{class_table(classes)}\n\n% solved by each of them:\n\n"
-            f"{table(['model', *runs[0].accuracies['after']], *solved)}\n\n"
-            "![pretrained](pretrained.png)\n")
-
-
-def report(args):
-    """assets/runs/README.md, and what the runs in assets/runs say."""
-    text = (args.runs / "README.md").read_text() + pretrained(args)
-    for name, question, patterns, view in SECTIONS:
-        text += f"\n## {question}\n\n"
-        settings = by_setting(load_runs([f"{args.runs}/{x}" for x in patterns.split()]))
-        figure = draw_curves(settings, view) if view else draw_compare(settings)
-        save_figure(figure, args.out, f"{name}.png")
-        commands = "\n".join(command(next(iter(x.values()))[0]) for x in settings.values())
-        text += f"{compare_text(settings)}{at_equal_kl(settings) if name == 'kl' else ''}\n"
-        text += f"![{name}]({name}.png)\n\n```\n{commands}\n```\n"
-    (args.out / "README.md").write_text(text)
+    try:
+        text = compare_text(settings)
+    except ValueError as error:  # too many models for an exact p
+        stop(error)
+    one_model = len({model for setting in settings.values() for model in setting}) == 1
+    figure = draw_curves(settings, ["nk_identical"]) if one_model else draw_compare(settings)
+    save_figure(figure, args.out, "compare.png")
+    print(f"\n{text}\n")
+    if one_model:
+        print("One model cannot show which setting is better: from another model it may end the "
+              "other way round.\nThe group next to you has another of the ten; compare takes the "
+              "folders of all groups together.")
+    else:
+        print("% solved, greedy but for the sampled ones, and KL in the last iteration; [95% "
+              "interval over models].\nDifferences in points, paired by model; higher or lower: the "
+              "interval does not hold 0; p: exact sign-flip test.")
 
 
 # ------------------------------------------------------------------ the command line
+@command_line("the same command starts over")
 def main(argv=None):
-    ap = argparse.ArgumentParser(description="Tables and figures from checkpoints and runs.")
-    verbs = ap.add_subparsers(dest="verb", required=True)
-    for run, what in ((tokens, "where is a model unsure, and does it err there?"),
-                      (curves, "learning curves: mean over models, 95%% band"),
-                      (compare, "what was learned and kept, paired by model"),
-                      (report, "all of assets/runs -> assets/results/README.md")):
-        verb = verbs.add_parser(run.__name__, help=what,
+    ap = argparse.ArgumentParser(description="Tables and pictures from checkpoints and runs.")
+    verbs, adders = ap.add_subparsers(dest="verb", required=True), {}
+    for run, what in ((answer, "one problem: what do one or two models write, and where are they "
+                               "unsure?"),
+                      (tokens, "many problems: where does a model go wrong, and how sure is it?"),
+                      (explain, "the penalty of one answer of a run, token by token"),
+                      (curves, "learning curves of runs"),
+                      (compare, "what was learned and kept in runs, paired by model")):
+        verb = verbs.add_parser(run.__name__, help=what, description=what,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         verb.set_defaults(run=run)
-        out = ASSETS / "results" if run == report else Path("out/figures")
-        verb.add_argument("--out", type=Path, default=out, help="folder for what it writes")
+        add = adders[run] = verb.add_argument
         if run in (curves, compare):
-            verb.add_argument("runs", nargs="+", help="folders of runs, or patterns (*)")
-    add = verbs.choices["tokens"].add_argument
+            add("runs", nargs="+", help="folders of runs, or patterns like out/ppo_*")
+        else:
+            add("--device", type=get_device, default="auto", help="cpu, cuda, mps, or auto")
+        if run in (answer, tokens):
+            add("--temperature", type=number(float, 0.001, 1000), default=2.0,
+                help="of certainties and probabilities; 2 as in ppo.py")
+        if run != explain:
+            add("--out", type=Path, default=Path("out/figures"), help="folder for what it writes")
+    add = adders[answer]
+    add("words", nargs="+", metavar="CHECKPOINT [CHECKPOINT] PROBLEM",
+        help="one or two files model.pt (before and after fine-tuning), then a problem: 123456+70")
+    add("--alpha", type=number(float, 0, 1e6), default=3.0, help="exponent of the weight shown")
+    add = adders[tokens]
     add("checkpoint", help="a model.pt of pretrain.py or ppo.py")
-    add("--problems", type=int, default=200, help="held-out problems to solve")
-    add("--extra_digits", type=int, default=1, help="k: problems of N+k digits")
-    add("--temperature", type=float, default=2.0, help="of the certainties; 2 as in ppo.py")
-    add("--show", type=int, default=3, help="answers to show, failures first")
-    add("--device", default="auto", help="cpu, cuda, mps, or auto: the fastest")
-    add = verbs.choices["curves"].add_argument
+    add("--after", help="a second checkpoint, whose answers are drawn beside the first one's")
+    add("--problems", type=number(int, 1, 2000), default=200, help="held-out problems to solve")
+    add("--extra_digits", type=number(int, 0, 1000), default=1, help="k: problems of N+k digits")
+    add("--show", type=number(int, 1, 2000), default=3, help="answers to show, failures first")
+    add = adders[explain]
+    add("run_folder", type=Path, metavar="RUN", help="folder of a run of ppo.py")
+    add("--checkpoint", help="the model that it began with, if that is elsewhere now")
+    add = adders[curves]
     add("--show", default="curves", help="curves, critical, drift, or a column of log.csv")
-    verbs.choices["report"].add_argument("--runs", type=Path, default=ASSETS / "runs", help="input")
     args = ap.parse_args(argv)
-    if args.run == tokens:
-        pretrain.check_range(ap, args, 1, "problems", "show")
-        pretrain.check_range(ap, args, 0, "extra_digits")
-        pretrain.check_range(ap, args, 0.001, "temperature")
-    try:
-        args.run(args)
-    except OSError as error:
-        stop(f"{error.filename}: {error.strerror}")
+    args.run(args)
 
 
 if __name__ == "__main__":
