@@ -1,10 +1,10 @@
 """Tables and pictures from checkpoints and from the folders of runs.
 
-    python analyze.py answer CHECKPOINT 123456+70     one problem: where is the model unsure, or wrong?
-    python analyze.py tokens CHECKPOINT               many problems: where does it go wrong?
-    python analyze.py explain out/ppo_...             the penalty of one answer, token by token
-    python analyze.py curves out/ppo_*                learning curves
-    python analyze.py compare out/ppo_*               what was learned, paired by model
+    python analyze.py answer model.pt 123456+70   one problem: where is the model unsure, or wrong?
+    python analyze.py tokens model.pt             many problems: where does it go wrong?
+    python analyze.py explain out/ppo_...         the penalty of one answer, token by token
+    python analyze.py curves out/ppo_*            learning curves
+    python analyze.py compare out/ppo_*           what was learned and kept, paired by model
 
 Runs that differ only in their pre-trained model or seed make one setting. Its figures are means
 over the pre-trained models, with 95% intervals.
@@ -17,7 +17,7 @@ import glob
 import json
 import math
 import re
-from collections import Counter, namedtuple
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -103,13 +103,9 @@ PENALTY = {"alpha", "kl_coef", "kl_weight"}
 NO_EFFECT = {"eval_every", "eval_problems", "final_problems", "checkpoint", "seed", "pretrained"}
 
 
-def parse_json(path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
 def parse_settings(path):
     """settings.json -> {option: value}; an error if a number that we need is none."""
-    settings = parse_json(path)
+    settings = json.loads(Path(path).read_text(encoding="utf-8"))
     for name in "digits", "extra_digits", "seed", *(settings.keys() & {"alpha", "kl_coef"}):
         if not 0 <= settings[name] < 2**63:
             raise ValueError(f"{name} is {settings[name]}")
@@ -121,20 +117,19 @@ def parse_log(path):
     is still being written, and left out.
     """
     names, *rows = csv.reader(Path(path).read_text(encoding="utf-8").split("\n")[:-1])
-    if "step" not in names and not {"iteration", "episodes", "kl"} <= set(names):
-        raise ValueError("its columns are not those of pretrain.py or ppo.py")
     cells = np.array([[float(cell or "nan") for cell in row] for row in rows])
-    if np.isinf(cells).any():
-        raise ValueError("a cell is infinite")
-    return dict(zip(names, cells.reshape(-1, len(names)).T))
+    log = dict(zip(names, cells.reshape(-1, len(names)).T))
+    if not ("step" in log or {"iteration", "episodes", "kl"} <= log.keys()) or np.isinf(cells).any():
+        raise ValueError("a column is missing, or a cell is infinite")
+    return log
 
 
 def parse_accuracies(path):
     """accuracies.json -> {"settings": {}, "after": {cell: share}, from ppo.py also "before"}."""
-    tables = parse_json(path)
-    for cells in tables["after"], tables.get("before", {}):
-        if not all(0 <= share <= 1 for share in cells.values()):
-            raise ValueError("a share is not between 0 and 1")
+    tables = json.loads(Path(path).read_text(encoding="utf-8"))
+    shares = [*tables["after"].values(), *tables.get("before", {}).values()]
+    if not all(0 <= share <= 1 for share in shares):
+        raise ValueError("a share is not between 0 and 1")
     return tables
 
 
@@ -163,11 +158,11 @@ def load_runs(names):
         if not found:
             stop(f"no folder matches {name}")
         runs |= {Path(folder).resolve(): load_run(Path(folder)) for folder in found}
-    empty = [str(folder) for folder, run in runs.items() if run is None]
-    if len(empty) == len(runs):
-        stop(f"there is no iteration of a run so far in {', '.join(empty)}")
+    empty = ", ".join(str(folder) for folder, run in runs.items() if run is None)
+    if not any(runs.values()):
+        stop(f"there is no iteration of a run so far in {empty}")
     if empty:
-        print(f"left out, because there is no iteration so far: {', '.join(empty)}")
+        print(f"left out, because there is no iteration so far: {empty}")
     return [run for run in runs.values() if run is not None]
 
 
@@ -218,9 +213,7 @@ def all_runs(settings):
 
 
 # ------------------------------------------------------------------ words, tables, figures
-CELLS = dict(nk_identical="identical {long}", nk_varying="varying {long}",  # of accuracies.json
-             sampled_mix="sampled, training mix", n_identical="identical {n}")
-TITLES = dict(  # the same, and columns of log.csv
+TITLES = dict(  # columns of log.csv, and what accuracies.json has
     nk_identical="two {long}-digit numbers, %", nk_varying="one or two {long}-digit numbers, %",
     n_identical="two {n}-digit numbers, %", n_sampled="two {n}-digit numbers, sampled, %",
     sampled_mix="sampled, training mix, %", success="right answers in training, %",
@@ -231,10 +224,10 @@ TITLES |= {f"p_l{line}o{operand}": f"P(last comma), line {line}, number {operand
            for line in (1, 2, 3) for operand in (1, 2)}
 LOOKS = {  # a setting has one colour and one marker in all figures
     "alpha 0": ("black", "o"), "alpha 1": ("#6baed6", "^"), "alpha 3": ("#2171b5", "s"),
-    "alpha 10": ("#08306b", "D"), "alpha 100": ("#9e9ac8", "P"), "alpha 1000": ("#54278f", "*"),
+    "alpha 10": ("#08306b", "D"), "alpha 100": ("#807dba", "p"), "alpha 1000": ("#3f007d", "*"),
     "alpha 0, kl_coef 0.05": ("0.35", "v"), "alpha 0, kl_coef 0.025": ("0.6", "<"),
     "alpha 3, kl_coef 0.05": ("#41b6c4", "h"), "no penalty": ("#cb181d", "X"),
-    "alpha 3, matched": ("#d9a400", "p"), "alpha 100, matched": ("#8c6d00", "p"),
+    "alpha 3, matched": ("#d9a400", "P"), "alpha 100, matched": ("#8c6d00", "P"),
     "alpha 3, shuffled": ("#e6550d", ">"), "alpha 3, mask": ("#31a354", "d"),
     "oracle": ("#8c510a", "H")}
 SPARE = ("#1b9e77", "s"), ("#e7298a", "^"), ("#666666", "D"), ("#a6761d", "v"), ("#7570b3", "o")
@@ -262,8 +255,7 @@ def with_interval(values, form):
     """"1.0 [-1.5, 3.5]"; of one value "1.0", of none "-"."""
     if len(values) < 2:
         return "".join(format(x, form) for x in values) or "-"
-    mean, low, high = (format(x, form) for x in interval(values))
-    return f"{mean} [{low}, {high}]"
+    return "{:{form}} [{:{form}}, {:{form}}]".format(*interval(values), form=form)
 
 
 def with_share(k, n):
@@ -274,7 +266,7 @@ def with_share(k, n):
 
 
 def look(label, i):
-    """Colour and marker of a setting; i: its place among those of a figure."""
+    """Colour and marker of a setting, the i-th of a figure."""
     color, marker = LOOKS.get(label, SPARE[i % len(SPARE)])
     return dict(color=color, marker=marker)
 
@@ -291,30 +283,24 @@ def new_figure(n_panels, width, height, heading):
 
 
 def models_in_words(settings):
-    """"mean of 10 models, 95% interval": what the figures of these settings are."""
+    """"mean of 10 models, 95% interval": what is shown of these settings."""
     counts = sorted({len(setting) for setting in settings.values()})
-    if counts == [1]:
-        return "one model"
-    return f"mean of {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} models, 95% interval"
-
-
-def save(folder, name, write):
-    """Make the file folder/name; write(file) fills it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / name, write)
-    print(f"saved {folder / name}")
+    models = " to ".join(str(n) for n in (counts[0], counts[-1])[-len(counts) :])
+    return "one model" if counts == [1] else f"mean of {models} models, 95% interval"
 
 
 def save_figure(figure, folder, name):
-    """Save a figure as a picture: the same figure as the same bytes."""
-    save(folder, name, lambda file: figure.savefig(file, format="png", dpi=120,
-                                                   metadata={"Software": None}))
+    """Save a figure as a picture; the same figure gives the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / name, lambda file: figure.savefig(file, format="png", dpi=120,
+                                                          metadata={"Software": None}))
+    print(f"saved {folder / name}")
 
 
 # ------------------------------------------------------------------ a model's answers
 Answer = namedtuple("Answer", "a b text sure")  # sure: certainty before each character (len(text),)
 COLOURS = LinearSegmentedColormap.from_list("certainty", ["#7f0000", "#d7301f", "#fdbb84", "white"])
-MOST_ROWS, MOST_COLUMNS = 90, 130  # of characters in a picture: more are not legible
+MOST_LINES, MOST_COLUMNS = 90, 130  # of characters in a picture: more are not legible
 
 
 def read_texts(model, texts, temperature):
@@ -339,79 +325,79 @@ def solve_problems(model, pairs, temperature):
                      zip(pairs, texts, read_texts(model, texts, temperature))]
 
 
-def answer_rows(answer):
-    """The answer's lines -> [(line, certainties (len(line),), index of the first wrong character)].
+def answer_lines(answer):
+    """-> [(line, certainties (len(line),), place of the first wrong character in it)].
 
-    The index is None in all lines but one. Below that stands the line as it should be; its
-    certainties are None.
+    The place is None in all lines but one. Below that stands the line as it should be; its
+    certainties are None. On top stands what is wrong.
     """
     a, b, text, sure = answer
-    right, error, rows = data.prompt(a, b) + data.answer(a, b), data.first_error(text, a, b), []
+    right, error = data.prompt(a, b) + data.answer(a, b), data.first_error(text, a, b)
+    lines = [(f"{a}{b:+}: {data.describe_error(text, a, b)}", None, None)]
     start = len(data.prompt(a, b))
     for line in text[start:].split("\n"):
         end = start + len(line)
         if error is not None and start <= error <= end:
-            rows.append((line, sure[start:end], error - start))
-            rows.append((right[start:].partition("\n")[0], None, None))
+            lines.append((line, sure[start:end], error - start))
+            lines.append((right[start:].partition("\n")[0], None, None))
         elif line:
-            rows.append((line, sure[start:end], None))
+            lines.append((line, sure[start:end], None))
         start = end + 1
-    return rows
+    return lines
 
 
-def describe(answer):
-    """"123456+70: line 1, operand 1: wrote ']' for ','"."""
-    return f"{answer.a}{answer.b:+}: {data.describe_error(answer.text, answer.a, answer.b)}"
-
-
-def in_text(answer):
+def answer_text(answer):
     """The answer for a terminal: a ^ below the first wrong character, then the right line."""
-    lines = [describe(answer)]
-    for line, sure, wrong in answer_rows(answer):
-        mark = "right" if sure is None else "" if wrong is None else "wrote"
-        lines.append(f"{mark:<7}{line}")
+    (heading, _, _), *lines = answer_lines(answer)
+    shown = [heading]
+    for line, sure, wrong in lines:
+        mark = "" if wrong is None else "wrote"
+        shown.append(f"{'right' if sure is None else mark:<7}{line}")
         if wrong is not None:
-            lines.append(" " * (7 + wrong) + "^")
-    return "\n".join(lines)
+            shown.append(" " * (7 + wrong) + "^")
+    return "\n".join(shown)
 
 
 def draw_answers(columns, temperature):
     """Answers side by side, {title: [Answer]} -> figure (the paper's Figure 5).
 
-    The colours reach from the least certain character to certainty 1. The first wrong character is
-    outlined; below its line stands, in green, the right one. Rows beyond MOST_ROWS are left out.
+    Colours reach from the least certain character to certainty 1. The first wrong character is
+    outlined; below its line stands, in green, the right one. What is not legible is left out.
     """
-    pages = {}
-    for name, answers in columns.items():
-        rows = [row for x in answers for row in ((describe(x), None, None), *answer_rows(x),
-                                                 ("", None, None))]
-        pages[name] = rows[:MOST_ROWS]
-    n_rows = max(len(rows) for rows in pages.values())
-    width = min(MOST_COLUMNS, max(len(line) for rows in pages.values() for line, _, _ in rows))
-    coloured = [sure for rows in pages.values() for _, sure, _ in rows if sure is not None]
-    scale = Normalize(min(0.99, np.concatenate(coloured).min(initial=1)), 1)
-    figure = Figure((len(pages) * (0.085 * width + 0.2) + 0.9, 0.175 * n_rows + 0.6),
+    pages = [[line for answer in answers for line in (*answer_lines(answer), ("", None, None))]
+             for answers in columns.values()]
+    height = min(MOST_LINES, max(map(len, pages)))
+    width = min(MOST_COLUMNS, max(len(line) for page in pages for line, _, _ in page))
+    figure = Figure((len(pages) * (0.085 * width + 0.2) + 0.9, 0.175 * height + 0.8),
                     layout="constrained")
+    figure.suptitle("outlined: the first wrong character; green: the right line", fontsize=9)
     axes = figure.subplots(1, len(pages), squeeze=False)[0]
-    for axis, (name, rows) in zip(axes, pages.items()):
-        grid = np.ones((n_rows, width))
-        for y, (line, sure, wrong) in enumerate(rows):
+    least = min(sure.min(initial=0.99) for page in pages for _, sure, _ in page if sure is not None)
+    scale = Normalize(least, 1)
+    for axis, name, page in zip(axes, columns, pages):
+        grid = np.ones((height, width))
+        for y, (line, sure, wrong) in enumerate(page[:height]):
             if sure is not None:
                 grid[y, : len(line)] = sure[:width]
+            is_right_line = y > 0 and page[y - 1][2] is not None
             for x, char in enumerate(line[:width]):
-                colour = "black" if sure is not None or y == 0 else "#00602b"
-                if scale(grid[y, x]) < 0.5:
-                    colour = "white"
+                colour = "#00602b" if is_right_line else "black"
                 axis.text(x, y, char, ha="center", va="center", family="monospace", size=7.5,
-                          color=colour)
+                          color="white" if scale(grid[y, x]) < 0.5 else colour)
             if wrong is not None:
-                axis.add_patch(Rectangle((wrong - 0.5, y - 0.5), 1, 1, fill=False, lw=2))
+                axis.add_patch(Rectangle((wrong - 0.7, y - 0.6), 1.4, 1.2, fill=False, lw=1.5))
         image = axis.imshow(grid, COLOURS, scale, aspect="auto")
         axis.set_axis_off()
         axis.set_title(name, fontsize=9)
-    figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, label="certainty before the "
-                    f"character,\nat temperature {temperature:g}")
+    figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01,
+                    label=f"certainty before the character,\nat temperature {temperature:g}")
     return figure
+
+
+def check_fits(path, model, n_digits, task):
+    """Stop if the model has no positions for the longest answer to numbers of n_digits digits."""
+    if data.max_length(n_digits, task) > model.config.block_size:
+        stop(f"{path} has no positions for answers to numbers of {n_digits} digits")
 
 
 # ------------------------------------------------------------------ answer
@@ -433,30 +419,33 @@ def place_table(model, a, b, n_digits, temperature, alpha):
     [logp] = read_texts(model, [text], temperature)
     names = dict(copied="copied digit", comma1="last comma", digit1="last digit")
     rows = [["place", "right character", "likeliest", "certainty", f"weight at alpha {alpha:g}"]]
-    for (line, operand, name), i in data.critical_positions(a, b, n_digits).items():
+    places = data.critical_positions(a, b, n_digits).items()
+    for (line, operand, name), i in sorted(places, key=lambda item: item[1]):
         sure, best = certainty(logp[i]).item(), int(logp[i].argmax())
         rows.append([f"line {line}, number {operand}: {names.get(name, name)}",
                      f"{text[i]}  {logp[i, data.VOCAB.index(text[i])].exp():.1%}",
-                     f"{data.VOCAB[best]}  {logp[i, best].exp():.1%}",
+                     f"{data.VOCAB[best]!r:<5}{logp[i, best].exp():.1%}",
                      f"{sure:.3f}", f"{sure**alpha:.3f}"])
     return table(*rows) if len(rows) > 1 else f"none: no number has more than {n_digits} digits"
 
 
 def answer(args):
-    """What one or two models write for one problem, side by side, and what they expect there."""
-    two = len(args.words) > 2 and re.search("[A-Za-z]", args.words[1])
-    paths, problem = args.words[: 1 + bool(two)], " ".join(args.words[1 + bool(two) :])
+    """What one or two models write for one problem, and what they expect at critical tokens."""
+    n_models = 1
+    if len(args.words) > 2 and re.search("[A-Za-z]", args.words[1]):  # no problem has a letter
+        n_models = 2
+    paths, problem = args.words[:n_models], " ".join(args.words[n_models:])
     columns = {}
-    for name, path in zip(("before: ", "after: ") if two else ("",), paths):
+    for name, path in zip(("before: ", "after: ") if n_models == 2 else ("",), paths):
         model, facts = load_checkpoint(path, args.device)
         a, b = parse_problem(problem, facts["task"])
         if len(data.prompt(a, b) + data.answer(a, b)) > model.config.block_size:
             stop(f"{path} has no positions for an answer as long as that to {problem}")
         [correct], [written] = solve_problems(model, [(a, b)], args.temperature)
         columns[name + path] = [written]
-        print(f"{name}{path} writes (its likeliest character each time)\n\n{in_text(written)}\n\n"
-              f"The result is {'right' if correct else 'wrong'}. Critical tokens and copied digits, "
-              f"after the right text, at temperature {args.temperature:g}:\n\n"
+        print(f"{name}{path}\n{answer_text(written)}\nThe result is "
+              f"{'right' if correct else 'wrong'}. After the right text, at temperature "
+              f"{args.temperature:g}, the model expects:\n\n"
               f"{place_table(model, a, b, facts['digits'], args.temperature, args.alpha)}\n")
     save_figure(draw_answers(columns, args.temperature), args.out, "answer.png")
 
@@ -472,99 +461,80 @@ def token_classes(a, b, n_digits):
 
 
 def first_wrong(answers, correct, n_digits):
-    """By the class of the first wrong token: how many answers, how many with a wrong result, and
-    the mean certainty at these tokens (of all these answers; None if there is none).
+    """{class of the first wrong token: answers that go wrong there, failures (those with a wrong
+    result), certainty (the mean at these tokens; None of none)}.
     """
     found = {name: [] for name in CLASSES}
-    for x, right in zip(answers, correct):
-        error = data.first_error(x.text, x.a, x.b)
-        if error is not None:
-            kind = token_classes(x.a, x.b, n_digits).get(error, "elsewhere")
-            found[kind].append((not right, x.sure[min(error, len(x.sure) - 1)]))
-    return {name: dict(answers=len(x), failures=int(sum(wrong for wrong, _ in x)),
+    for answer, right in zip(answers, correct):
+        error = data.first_error(answer.text, answer.a, answer.b)
+        if error is not None and error < len(answer.text):
+            name = token_classes(answer.a, answer.b, n_digits).get(error, "elsewhere")
+            found[name].append((not right, answer.sure[error]))
+    return {name: dict(answers=len(x), failures=sum(int(failed) for failed, _ in x),
                        certainty=float(np.mean([sure for _, sure in x])) if x else None)
             for name, x in found.items()}
 
 
-def after_right_text(model, pairs, n_digits, temperature):
-    """By class, what the model expects at each answer token of right answers: how many tokens, how
-    many of certainty below 0.9, mean certainty, mean probability of the right token.
+def unsure_tokens(model, pairs, n_digits, temperature):
+    """Of the tokens of right answers: how many are critical tokens or copied digits, how many have
+    a certainty below 0.9, and how many both -> {"critical", "unsure", "both"}.
     """
-    found = {name: [] for name in CLASSES}
+    counts = dict(critical=0, unsure=0, both=0)
     texts = [data.prompt(a, b) + data.answer(a, b) for a, b in pairs]
     for (a, b), text, logp in zip(pairs, texts, read_texts(model, texts, temperature)):
-        classes, sure = token_classes(a, b, n_digits), certainty(logp).tolist()
-        p_right = logp[range(len(text)), data.encode(text)].exp().tolist()
-        for i in range(len(data.prompt(a, b)), len(text)):
-            found[classes.get(i, "elsewhere")].append((sure[i], p_right[i]))
-    return {name: dict(tokens=len(x), unsure=sum(sure < 0.9 for sure, _ in x),
-                       certainty=float(np.mean([sure for sure, _ in x])) if x else None,
-                       p_right=float(np.mean([p for _, p in x])) if x else None)
-            for name, x in found.items()}
+        critical = token_classes(a, b, n_digits).keys()
+        below = (certainty(logp) < 0.9).nonzero()[:, 0].tolist()
+        unsure = {i for i in below if i >= len(data.prompt(a, b))}
+        for name, places in ("critical", critical), ("unsure", unsure), ("both", critical & unsure):
+            counts[name] += len(places)
+    return counts
 
 
-def paper_table_1(model, answers, n_digits):
-    """The paper's Table 1 -> {temperature: certainty at critical tokens minus that of all others}.
+def paper_table_1(model, answers, n_digits, temperature):
+    """The paper's Table 1: certainty at critical tokens minus that at all others (None of none).
 
-    Of 50 greedy answers, whole: for each critical token that the answer reaches without an error,
-    its certainty minus the mean of the answer's other tokens; the mean of an answer; the mean of
-    all answers with such a token (None if there is none).
+    Of each critical token that an answer reaches without an error: its certainty minus the mean of
+    the whole answer's other tokens. Means over an answer's tokens, then over the answers.
     """
-    found = {}
-    for temperature in 1, 2, 4:
-        texts, differences = [x.text for x in answers[:50]], []
-        for x, logp in zip(answers, read_texts(model, texts, temperature)):
-            start, error = len(data.prompt(x.a, x.b)), data.first_error(x.text, x.a, x.b)
-            sure = certainty(logp[start:]).numpy()  # (answer tokens,)
-            others = (sure.sum() - sure) / max(1, len(sure) - 1)
-            reached = [i - start for i, kind in token_classes(x.a, x.b, n_digits).items()
-                       if kind == "critical token" and i < len(x.text) and
-                       (error is None or i <= error)]
-            if reached:
-                differences.append(float((sure - others)[reached].mean()))
-        found[str(temperature)] = float(np.mean(differences)) if differences else None
-    return found
+    differences, texts = [], [answer.text for answer in answers]
+    for (a, b, text, _), logp in zip(answers, read_texts(model, texts, temperature)):
+        start, error = len(data.prompt(a, b)), data.first_error(text, a, b)
+        sure = certainty(logp[start:]).numpy()  # (answer tokens,)
+        others = (sure.sum() - sure) / max(1, len(sure) - 1)
+        last = len(text) - 1 if error is None else min(error, len(text) - 1)
+        reached = [i - start for i, name in token_classes(a, b, n_digits).items()
+                   if name == "critical token" and i <= last]
+        if reached:
+            differences.append((sure - others)[reached].mean())
+    return float(np.mean(differences)) if differences else None
 
 
 def tokens_text(models):
-    """What tokens.json of one or more models say: sums of counts; means over the models."""
-    def total(part, name, kind=None):
-        return sum(x[part][k][name] for x in models for k in CLASSES if kind in (None, k))
-
+    """What the tokens.json of one or more models say: sums of counts, means over models."""
     def mean(values, form):
         return with_interval([x for x in values if x is not None], form)
 
-    rows = [["first wrong token", "of the failures", "of these, result wrong", "certainty there"]]
-    rows += [[kind, with_share(total("first_wrong", "failures", kind),
-                               total("first_wrong", "failures")),
-              with_share(total("first_wrong", "failures", kind),
-                         total("first_wrong", "answers", kind)),
-              mean([x["first_wrong"][kind]["certainty"] for x in models], ".3f")]
-             for kind in CLASSES]
-    fed = [["token of a right answer", "tokens", "certainty", "below 0.9", "P(right), %"]]
-    fed += [[kind, str(total("right_text", "tokens", kind)),
-             mean([x["right_text"][kind]["certainty"] for x in models], ".3f"),
-             with_share(total("right_text", "unsure", kind), total("right_text", "tokens", kind)),
-             mean([100 * x["right_text"][kind]["p_right"] for x in models
-                   if x["right_text"][kind]["tokens"]], ".1f")] for kind in CLASSES]
-    paper = [["temperature", "1", "2", "4"], ["critical tokens minus others"] + [
-        mean([x["table_1"][t] for x in models], "+.3f") for t in ("1", "2", "4")]]
-    unsure = total("right_text", "unsure")
-    freed = unsure - total("right_text", "unsure", "elsewhere")
-    return (f"{table(*rows)}\n\nAfter the right text:\n\n{table(*fed)}\n\n"
-            f"Tokens of certainty below 0.9 that are critical tokens or copied digits: "
-            f"{with_share(freed, unsure)}.\n\nThe paper's Table 1 (N = 3, 5, 7: -0.33, -0.21, "
-            f"-0.13, at a temperature that it does not name), 50 whole greedy answers a model:\n\n"
-            f"{table(*paper)}\n")
-
-
-def check_fits(path, model, n_digits, task):
-    if data.max_length(n_digits, task) > model.config.block_size:
-        stop(f"{path} has no positions for {n_digits} digits; choose fewer --extra_digits")
+    rows = [["first wrong token", "of the failures", "with a wrong result", "certainty there"]]
+    n_failures = sum(x["first_wrong"][name]["failures"] for x in models for name in CLASSES)
+    for name in CLASSES:
+        found = [x["first_wrong"][name] for x in models]
+        answers, failures = (sum(x[key] for x in found) for key in ("answers", "failures"))
+        rows.append([name, with_share(failures, n_failures), with_share(failures, answers),
+                     mean([x["certainty"] for x in found], ".3f")])
+    critical, unsure, both = (sum(x["right_answers"][key] for x in models)
+                              for key in ("critical", "unsure", "both"))
+    paper = [["temperature", *models[0]["table_1"]], ["critical tokens minus others"] + [
+        mean([x["table_1"][temperature] for x in models], "+.3f")
+        for temperature in models[0]["table_1"]]]
+    return (f"{table(*rows)}\n\nIn right answers, a certainty below 0.9 have "
+            f"{with_share(both, critical)} critical tokens and\ncopied digits; these are "
+            f"{with_share(both, unsure)} of all tokens below 0.9.\n\nThe paper's Table 1, of 50 "
+            "greedy answers (there -0.33, -0.21, -0.13 for N = 3, 5, 7, at an unnamed temperature):"
+            f"\n\n{table(*paper)}\n")
 
 
 def tokens(args):
-    """Write tokens.json and tokens.png, and print them: where a model goes wrong, how sure it is."""
+    """Where a model goes wrong, and how sure it is: tokens.json, tokens.png and tables."""
     model, facts = load_checkpoint(args.checkpoint, args.device)
     n, long = facts["digits"], facts["digits"] + args.extra_digits
     check_fits(args.checkpoint, model, long, facts["task"])
@@ -573,50 +543,47 @@ def tokens(args):
     contents = dict(digits=n, extra_digits=args.extra_digits, temperature=args.temperature,
                     problems=len(pairs), right=int(correct.sum()),
                     first_wrong=first_wrong(answers, correct, n),
-                    right_text=after_right_text(model, pairs, n, args.temperature),
-                    table_1=paper_table_1(model, answers, n))
+                    right_answers=unsure_tokens(model, pairs, n, args.temperature),
+                    table_1={t: paper_table_1(model, answers[:50], n, int(t)) for t in "124"})
     text = json.dumps(contents, indent=1, allow_nan=False)
-    save(args.out, "tokens.json", lambda file: file.write(text.encode()))
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_file(args.out / "tokens.json", lambda file: file.write(text.encode()))
 
-    failures_first = np.argsort(correct, kind="stable")[: args.show]
-    columns = {args.checkpoint: [answers[i] for i in failures_first]}
+    shown = np.argsort(correct, kind="stable")[: args.show]  # failures first
+    columns = {args.checkpoint: [answers[i] for i in shown]}
     if args.after:
-        model, _ = load_checkpoint(args.after, args.device)
+        model, facts = load_checkpoint(args.after, args.device)
         check_fits(args.after, model, long, facts["task"])
-        columns[args.after] = solve_problems(model, [pairs[i] for i in failures_first],
-                                             args.temperature)[1]
+        columns[args.after] = solve_problems(model, [pairs[i] for i in shown], args.temperature)[1]
     save_figure(draw_answers(columns, args.temperature), args.out, "tokens.png")
-    for shown in columns.values():
-        print("\n\n".join(["", *map(in_text, shown)]))
-    print(f"\n{correct.sum()} of {len(pairs)} problems with one or two {long}-digit numbers are "
-          f"right (greedy). Certainties are at temperature {args.temperature:g}, those of first "
-          f"wrong tokens over the answers that go wrong there.\n\n{tokens_text([contents])}")
+    for name, written in columns.items():
+        print("\n\n".join([f"\n{name}", *map(answer_text, written)]))
+    print(f"\n(A picture holds {MOST_LINES} lines at most.) {correct.sum()} of {len(pairs)} problems "
+          f"with one or two {long}-digit numbers are right, greedy.\nCertainties are at temperature "
+          f"{args.temperature:g}, means over the first wrong tokens.\n\n{tokens_text([contents])}")
 
 
 # ------------------------------------------------------------------ explain
 def explain(args):
     """Let a run, as it stands, answer its next problems, and explain one of the answers."""
-    import ppo  # nothing else here needs it
+    import ppo  # no other verb needs it
     settings = read_file(args.run_folder / "settings.json", parse_settings)
     options = sorted(vars(ppo.parse_args([])).keys() & settings.keys())
     run = ppo.parse_args([f"--{name}={settings[name]}" for name in options])
     path = args.checkpoint or run.checkpoint
     reference, facts = load_checkpoint(path, args.device)
     if ppo.pretrained_name(reference, facts) != settings.get("pretrained"):
-        stop(f"{args.run_folder} is not a run of ppo.py that began with {path}; give its model with "
-             "--checkpoint")
+        stop(f"{args.run_folder} is no run of ppo.py from {path}; name its model with --checkpoint")
     check_fits(path, reference, facts["digits"] + run.extra_digits, facts["task"])
     policy, step = copy.deepcopy(reference), 0
     value_head = ppo.ValueHead(policy.config.n_embd).to(args.device)
 
     def load_state(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["settings"] != settings:
-            raise ValueError("its settings are not those of settings.json")
         policy.load_state_dict(state["policy"])
         value_head.load_state_dict(state["value_head"])
-        if not all(p.isfinite().all() for p in policy.parameters()):
-            raise ValueError("a weight is nan or infinite")
+        if state["settings"] != settings or not all(p.isfinite().all() for p in policy.parameters()):
+            raise ValueError("it is of other settings, or a weight is not finite")
         return int(state["step"])
 
     if (args.run_folder / "state.pt").exists():
@@ -625,42 +592,40 @@ def explain(args):
         print("nothing is saved so far: the policy is still the reference, and k2 is 0")
     pairs, generator = ppo.draw_problems(run, facts, step + 1, args.device)
     batch = ppo.rollout(policy, value_head, reference, pairs, facts["digits"], run, generator)
+    batch["texts"] = [data.decode([state[0], *actions[:n]]) for state, actions, n in zip(
+        batch["states"].tolist(), batch["actions"].tolist(), batch["n_actions"].tolist())]
+    batch["critical"] = ppo.known_critical(batch["texts"], pairs, facts["digits"], batch["mask"])
     batch["advantages"] = ppo.normalize(batch["advantages"], batch["mask"])
-    print(explain_text(batch, pairs, facts["digits"], run, ppo.known_critical))
+    print(explain_text(batch, pairs, run.alpha, run.kl_coef))
 
 
-def explain_text(batch, pairs, n_digits, args, known_critical):
+def explain_text(batch, pairs, alpha, kl_coef):
     """One answer of a rollout, token by token, and what the reference expected at one token: the
     right answer with the largest k2 at a critical token or copied digit of weight 1/2 or less.
     """
-    texts = [data.decode([state[0], *actions[:n]]) for state, actions, n in zip(
-        batch["states"].tolist(), batch["actions"].tolist(), batch["n_actions"].tolist())]
-    critical = known_critical(texts, pairs, n_digits, batch["mask"])  # (B, T), as all of these
-    sure = certainty(batch["ref_logits"])
+    J, critical = certainty(batch["ref_logits"]), batch["critical"]  # (B, T)
     k2 = prioritized_kl(batch["old_logp"], batch["ref_logp"], 1)
     penalty = prioritized_kl(batch["old_logp"], batch["ref_logp"], batch["weight"])
     # Before the first update every k2 is 0: then the least certain critical token decides.
-    freed = (k2 * (batch["weight"] <= 0.5) + 1e-6 * (1 - sure)) * critical
-    others = batch["success"] < batch["success"].max()  # the wrong answers, if one is right
-    i = int(freed.amax(1).masked_fill(others, -1).argmax())
-    (a, b), text, at = pairs[i], texts[i], int(freed[i].argmax())
-    loss = -batch["advantages"] + args.kl_coef * penalty  # the ratio is 1; no entropy bonus here
-
+    freed = (k2 * (batch["weight"] <= 0.5) + 1e-6 * (1 - J)) * critical
+    wrong = batch["success"] < batch["success"].max()  # the wrong answers, if one is right
+    i = int(freed.amax(1).masked_fill(wrong, -1).argmax())
+    (a, b), text, at = pairs[i], batch["texts"][i], int(freed[i].argmax())
+    loss = -batch["advantages"] + kl_coef * penalty  # the ratio is 1; no entropy bonus here
+    columns = dict(logp_ref=batch["ref_logp"], logp=batch["old_logp"], k2=k2, J=J,
+                   weight=batch["weight"], penalty=penalty, A=batch["advantages"], loss=loss)
     lines = [text, f"reward {batch['success'][i]:.0f} ({data.describe_error(text, a, b)}); mean "
-             f"reward of {len(pairs)} episodes {batch['success'].mean():.2f}", "",
-             "* a critical token or copied digit; not shown: the reference is sure, k2 is small",
-             "loss = -advantage (normalized) + kl_coef * weight * k2", "",
-             "  place             token logp_ref    logp     k2 certainty weight penalty advantage"
-             "    loss"]
+             f"reward of {len(pairs)} answers {batch['success'].mean():.2f}", "",
+             "*: a critical token or copied digit. J: certainty of the reference. A: advantage, "
+             "normalized.", "loss = -A + kl_coef * weight * k2. Not shown: J > 0.9 and k2 < 0.02.",
+             "", f"{'  place':<19} token" + "".join(f"{name:>9}" for name in columns)]
     error = data.first_error(text, a, b)
-    for t in batch["mask"][i].nonzero()[:, 0].tolist():
-        if sure[i, t] > 0.9 and k2[i, t] < 0.02 and not critical[i, t]:
-            continue
-        place = data.place(a, b, t + 1) if error is None or t + 1 <= error else "after the error"
-        lines.append(f"{'*' if critical[i, t] else ' '} {place:<17} {text[t + 1]!r:>5} "
-                     f"{batch['ref_logp'][i, t]:8.4f} {batch['old_logp'][i, t]:7.4f} "
-                     f"{k2[i, t]:6.3f} {sure[i, t]:9.4f} {batch['weight'][i, t]:6.3f} "
-                     f"{penalty[i, t]:7.4f} {batch['advantages'][i, t]:9.3f} {loss[i, t]:7.3f}")
+    for t in batch["mask"][i].nonzero()[:, 0].tolist():  # action t is character t + 1
+        if J[i, t] <= 0.9 or k2[i, t] >= 0.02 or critical[i, t]:
+            known = error is None or t + 1 <= error
+            place = data.place(a, b, t + 1) if known else "after the error"
+            lines.append(f"{'*' if critical[i, t] else ' '} {place:<17} {text[t + 1]!r:>5}"
+                         + "".join(f"{x[i, t]:9.4f}" for x in columns.values()))
     logits = batch["ref_logits"][i, at]
     probs, V = logits.softmax(-1), len(logits)
     lines += ["", f"the reference at {data.place(a, b, at + 1)} (written: {text[at + 1]!r})",
@@ -669,8 +634,9 @@ def explain_text(batch, pairs, n_digits, args, known_critical):
         p = probs[token].item()
         lines.append(f"  {data.VOCAB[token]!r:>5} {logits[token]:7.3f} {p:7.4f} "
                      f"{-p * math.log(p):9.4f}")
-    lines.append(f"entropy H of all {V}: {(1 - sure[i, at]) * math.log(V):.4f}; J = 1 - H / log {V} "
-                 f"= {sure[i, at]:.4f}; J^{args.alpha:g} = {sure[i, at] ** args.alpha:.4f}")
+    sure = J[i, at].item()
+    lines.append(f"entropy H of all {V}: {(1 - sure) * math.log(V):.4f}; J = 1 - H / log {V} = "
+                 f"{sure:.4f}; J^{alpha:g} = {sure**alpha:.4f}")
     return "\n".join(lines)
 
 
@@ -681,47 +647,50 @@ VIEWS = {  # columns of log.csv
     "drift": "kl n_identical n_sampled n_nats".split()}
 
 
-def draw_curves(settings, names):
-    """Learning curves of columns of log.csv -> figure.
+def curve(setting, name):
+    """A column of log.csv, in % where it is a share -> (x (R,), mean, low, high (R, 3)): the means
+    over models and 95% intervals in the rows where all runs have it.
+    """
+    logs = [run.log for run in all_runs(dict(setting=setting))]
+    x = min((log["episodes" if "episodes" in log else "step"] for log in logs), key=len)
+    of_models = np.array([np.mean([run.log[name][: len(x)] for run in runs], 0)
+                          for runs in setting.values()])  # (models, rows)
+    known = ~np.isnan(of_models).any(0)
+    points = np.array([interval(values) for values in of_models[:, known].T]).reshape(-1, 3)
+    return x[known], points * (100 if TITLES.get(name, "").endswith("%") else 1)
 
-    A panel a column; if there is one column and more than two settings, a panel a setting, in which
-    the first setting is repeated, dashed. There are bands where at most two curves meet.
+
+def draw_curves(settings, names, first=None):
+    """Learning curves of columns of log.csv -> figure. One column of more than two settings: a
+    panel a setting, in which the first one is repeated, dashed. Else: a panel a column.
     """
     logs = [run.log for run in all_runs(settings)]
-    x_name = "episodes" if "episodes" in logs[0] else "step"
-    names = [name for name in names if all(x_name in log and name in log for log in logs)]
-    if not names:
-        stop("not all of these runs have logged what is to be shown")
-    first, *others = labels = list(settings)
+    names = [name for name in names if all(name in log for log in logs)]
+    if not names or len({"episodes" in log for log in logs}) > 1:
+        stop("these runs have not all logged what is to be shown")
+    labels, first = list(settings), first or next(iter(settings))
     panels = [(title(name, settings), name, labels) for name in names]
-    if len(names) == 1 and len(labels) > 2:
-        panels = [(label, names[0], [first, label]) for label in others]
     heading = models_in_words(settings)
-    if len(names) == 1:
-        heading = f"{title(names[0], settings)}: {heading}"
+    if len(names) == 1 and len(labels) > 2:
+        heading = f"{panels[0][0]}: {heading}; dashed: {first}"
+        panels = [(label, names[0], [first, label]) for label in labels if label != first]
     figure, axes = new_figure(len(panels), 3.6, 2.6, heading)
-    for axis, (heading, name, shown) in zip(axes, panels):
+    for axis, (panel, name, shown) in zip(axes, panels):
+        axis.set_title(panel, fontsize=10)
+        axis.set_xlabel("answers in training" if "episodes" in logs[0] else "training step")
         for label in shown:
-            runs = [runs for runs in settings[label].values()]
-            x = min((run.log[x_name] for same in runs for run in same), key=len)  # unfinished?
-            scale = 100 if title(name, settings).endswith("%") else 1
-            y = scale * np.array([np.mean([run.log[name][: len(x)] for run in same], 0)
-                                  for same in runs])  # (models, rows)
-            known = ~np.isnan(y).any(0)
-            points = np.array([interval(values) for values in y[:, known].T]).reshape(-1, 3)
+            x, points = curve(settings[label], name)
             style = look(label, labels.index(label))
-            style["linestyle"] = "--" if label == first and shown != labels else "-"
-            axis.plot(x[known], points[:, 0], **style, markersize=4, label=label,
-                      markevery=math.ceil(len(points) / 20) or 1)
-            if len(shown) <= 2 and len(y) > 1:
-                axis.fill_between(x[known], points[:, 1], points[:, 2], color=style["color"],
-                                  alpha=0.2, lw=0)
-        axis.set_title(heading, fontsize=10)
-        axis.set_xlabel("answers in training" if x_name == "episodes" else "training step")
-        if scale == 100:
+            dashed = label == first and shown is not labels
+            axis.plot(x, points[:, 0], **style, linestyle="--" if dashed else "-", markersize=4,
+                      markevery=1 + len(x) // 20, label=label, clip_on=False)
+            if len(shown) <= 2:  # more bands would hide each other
+                axis.fill_between(x, points[:, 1], points[:, 2], color=style["color"], alpha=0.2,
+                                  lw=0)
+        if TITLES.get(name, "").endswith("%"):
             axis.set_ylim(0, 100)
-    if panels[0][2] == labels:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+    if panels[0][2] is labels:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
                       frameon=False)
     return figure
 
@@ -734,22 +703,25 @@ def curves(args):
 
 
 # ------------------------------------------------------------------ compare
-OUTCOMES = ("nk_identical", "nk_varying", "sampled_mix", "n_identical")
+OUTCOMES = ("nk_identical", "sampled_mix", "n_identical")
 
 
 def outcomes(setting, name, when="after"):
-    """{pre-trained model: result}: name in CELLS, in %, or "kl" in the last iteration, in nats a
-    token. {} if a run has no such result. when: "before" or "after" fine-tuning.
+    """{pre-trained model: result}: one of OUTCOMES, in %, or "kl" in the last iteration, in nats a
+    token; {} if a run has no such result. when: "before" or "after" fine-tuning.
     """
     def result(run):
         if "before" not in run.accuracies:
             stop(f"{run.folder} is not a finished run of ppo.py; a run's own command resumes it")
         if name == "kl":
-            return run.log["kl"][-1]
+            return run.log["kl"][-1] if when == "after" else math.nan
         n, k = run.settings["digits"], run.settings["extra_digits"]
-        return 100 * run.accuracies[when].get(CELLS[name].format(n=n, long=n + k), math.nan)
+        cell = dict(nk_identical=f"identical {n + k}", sampled_mix="sampled, training mix",
+                    n_identical=f"identical {n}")[name]
+        return 100 * run.accuracies[when].get(cell, math.nan)
 
-    means = {model: float(np.mean([result(run) for run in runs])) for model, runs in setting.items()}
+    means = {model: float(np.mean([result(run) for run in runs]))
+             for model, runs in setting.items()}
     return {} if np.isnan(list(means.values())).any() else means
 
 
@@ -758,60 +730,54 @@ def verdict(differences):
     if len(differences) < 2:
         return with_interval(differences, "+.1f")
     _, low, high = interval(differences)
-    word = "higher: " if low > 0 else "lower: " if high < 0 else ""
+    word = ("higher: " if low > 0 else "") + ("lower: " if high < 0 else "")
     return f"{word}{with_interval(differences, '+.1f')}, p = {sign_flip_p(differences):.3f}"
 
 
 def compare_text(settings, first=None):
     """The results of each setting, and how far each is from the first one on the same models."""
     first = first or next(iter(settings))
-    rows = [["setting (models)", *(title(name, settings) for name in OUTCOMES),
-             title("kl", settings)]]
     models = {model: runs for setting in settings.values() for model, runs in setting.items()}
-    rows.append([f"before ({len(models)})"] + [
-        with_interval(list(outcomes(models, name, "before").values()), ".1f") for name in OUTCOMES]
-        + ["-"])
-    for label, setting in settings.items():
-        rows.append([f"{label} ({len(setting)})"] + [
-            with_interval(list(outcomes(setting, name).values()), ".1f") for name in OUTCOMES]
-            + [with_interval(list(outcomes(setting, "kl").values()), ".4f")])
-    text = table(*rows)
-    others = [label for label in settings if label != first]
-    if len(models) == 1 or not others:
+    titles = [title(name, settings) for name in (*OUTCOMES, "kl")]
+
+    def row(label, setting, when="after"):
+        values = [list(outcomes(setting, name, when).values()) for name in (*OUTCOMES, "kl")]
+        return [f"{label} ({len(setting)})", *(with_interval(x, ".1f") for x in values[:-1]),
+                with_interval(values[-1], ".4f")]
+
+    text = table(["setting (models)", *titles], row("before", models, "before"),
+                 *(row(label, setting) for label, setting in settings.items()))
+    if len(settings) == 1 or len(models) == 1:
         return text
-    rows = [[f"minus {first} (models of both)", *(title(name, settings).removesuffix(", %")
-                                                  for name in OUTCOMES if name != "nk_varying")]]
-    for label in others:
-        pairs = [paired_differences(outcomes(settings[label], name), outcomes(settings[first], name))
-                 for name in OUTCOMES if name != "nk_varying"]
-        rows.append([f"{label} ({len(pairs[0])})", *map(verdict, pairs)])
-    return f"{text}\n\n{table(*rows)}"
+    rows = []
+    for label in [label for label in settings if label != first]:
+        points = [paired_differences(outcomes(settings[label], name),
+                                     outcomes(settings[first], name)) for name in OUTCOMES]
+        rows.append([f"{label} ({len(points[0])})", *map(verdict, points)])
+    return f"{text}\n\n{table([f'minus {first} (models)', *titles[:-1]], *rows)}"
 
 
 def draw_compare(settings, first=None):
     """What was learned and what was kept, a row a setting -> figure."""
     first = first or next(iter(settings))
-    figure, axes = new_figure(2, 4.6, 0.33 * len(settings) + 0.9,
-                              f"large: {models_in_words(settings)}; small: each model; dashed: "
-                              f"{first}")
+    figure, axes = new_figure(2, 4.6, 0.33 * len(settings) + 0.9, "large: "
+                              f"{models_in_words(settings)}; small: each model; dashed: {first}")
     for axis, word, name in zip(axes, ("learned", "kept"), ("nk_identical", "n_identical")):
-        lowest = 100
+        least = 100
         for y, (label, setting) in enumerate(settings.items()):
-            values = list(outcomes(setting, name).values())
+            values, style = list(outcomes(setting, name).values()), look(label, y)
             if not values:
                 continue
-            lowest, style = min(lowest, *values), look(label, y)
-            mean, low, high = interval(values)
-            axis.plot(values, [y] * len(values), **style, linestyle="", markersize=4, alpha=0.35)
-            if len(values) > 1:
-                ends = np.clip([low, high], 0, 100)
-                axis.plot(ends, [y, y], color=style["color"], lw=2)
-            axis.plot(mean, y, **style, markersize=9, markeredgecolor="white")
+            mean, *ends = interval(values)
+            axis.plot(np.clip(ends, 0, 100), [y, y], color=style["color"], lw=2)
+            axis.plot(values, [y] * len(values), **style, ls="", ms=4, alpha=0.35, clip_on=False)
+            axis.plot(mean, y, **style, ms=9, markeredgecolor="white", clip_on=False)
             if label == first:
                 axis.axvline(mean, color=style["color"], linestyle="--", lw=1)
-        axis.set_yticks(range(len(settings)), list(settings) if axis is axes[0] else [])
+            least = min(least, *values)
+        axis.set_yticks(range(len(settings)), settings if word == "learned" else [])
         axis.set_ylim(len(settings) - 0.5, -0.5)
-        axis.set_xlim(0 if word == "learned" else 10 * (lowest // 10), 100)
+        axis.set_xlim(0 if word == "learned" else 10 * min(9, least // 10), 100)
         axis.set_title(f"{word}: {title(name, settings)}", fontsize=10)
     return figure
 
@@ -819,32 +785,29 @@ def draw_compare(settings, first=None):
 def compare(args):
     """Print the results of runs and save them as a picture."""
     settings = by_setting(load_runs(args.runs))
-    try:
-        text = compare_text(settings)
-    except ValueError as error:  # too many models for an exact p
-        stop(error)
-    one_model = len({model for setting in settings.values() for model in setting}) == 1
-    figure = draw_curves(settings, ["nk_identical"]) if one_model else draw_compare(settings)
+    n_models = len({model for setting in settings.values() for model in setting})
+    if n_models > 40:
+        stop(f"the exact p of {n_models} models would take too long; compare at most 40")
+    text = compare_text(settings)
+    figure = draw_compare(settings) if n_models > 1 else draw_curves(settings, ["nk_identical"])
     save_figure(figure, args.out, "compare.png")
     print(f"\n{text}\n")
-    if one_model:
+    if n_models == 1:
         print("One model cannot show which setting is better: from another model it may end the "
-              "other way round.\nThe group next to you has another of the ten; compare takes the "
-              "folders of all groups together.")
+              "other way round.\nThe group next to you has another of the ten. compare takes the "
+              "folders of all groups at once.")
     else:
-        print("% solved, greedy but for the sampled ones, and KL in the last iteration; [95% "
-              "interval over models].\nDifferences in points, paired by model; higher or lower: the "
-              "interval does not hold 0; p: exact sign-flip test.")
+        print("Brackets: 95% interval over pre-trained models. Differences: in points, of the same "
+              "models.\nHigher or lower: the interval does not hold 0. p: the exact sign-flip test.")
 
 
 # ------------------------------------------------------------------ the command line
-@command_line("the same command starts over")
+@command_line("nothing is lost; the same command starts over")
 def main(argv=None):
     ap = argparse.ArgumentParser(description="Tables and pictures from checkpoints and runs.")
     verbs, adders = ap.add_subparsers(dest="verb", required=True), {}
-    for run, what in ((answer, "one problem: what do one or two models write, and where are they "
-                               "unsure?"),
-                      (tokens, "many problems: where does a model go wrong, and how sure is it?"),
+    for run, what in ((answer, "what do one or two models write for one problem?"),
+                      (tokens, "where does a model go wrong, and how sure is it there?"),
                       (explain, "the penalty of one answer of a run, token by token"),
                       (curves, "learning curves of runs"),
                       (compare, "what was learned and kept in runs, paired by model")):
@@ -862,17 +825,17 @@ def main(argv=None):
         if run != explain:
             add("--out", type=Path, default=Path("out/figures"), help="folder for what it writes")
     add = adders[answer]
-    add("words", nargs="+", metavar="CHECKPOINT [CHECKPOINT] PROBLEM",
-        help="one or two files model.pt (before and after fine-tuning), then a problem: 123456+70")
+    add("words", nargs="+", metavar="model.pt [model.pt] problem",
+        help="one or two checkpoints (before and after fine-tuning), then a problem like 123456+70")
     add("--alpha", type=number(float, 0, 1e6), default=3.0, help="exponent of the weight shown")
     add = adders[tokens]
     add("checkpoint", help="a model.pt of pretrain.py or ppo.py")
-    add("--after", help="a second checkpoint, whose answers are drawn beside the first one's")
+    add("--after", help="a second one, whose answers are drawn beside those of the first")
     add("--problems", type=number(int, 1, 2000), default=200, help="held-out problems to solve")
     add("--extra_digits", type=number(int, 0, 1000), default=1, help="k: problems of N+k digits")
     add("--show", type=number(int, 1, 2000), default=3, help="answers to show, failures first")
     add = adders[explain]
-    add("run_folder", type=Path, metavar="RUN", help="folder of a run of ppo.py")
+    add("run_folder", type=Path, metavar="run", help="folder of a run of ppo.py")
     add("--checkpoint", help="the model that it began with, if that is elsewhere now")
     add = adders[curves]
     add("--show", default="curves", help="curves, critical, drift, or a column of log.csv")
