@@ -722,7 +722,7 @@ def outcomes(setting, name, when="after"):
 
     means = {model: float(np.mean([result(run) for run in runs]))
              for model, runs in setting.items()}
-    return {} if np.isnan(list(means.values())).any() else means
+    return {} if any(map(math.isnan, means.values())) else means
 
 
 def verdict(differences):
