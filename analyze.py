@@ -119,7 +119,8 @@ def parse_log(path):
     names, *rows = csv.reader(Path(path).read_text(encoding="utf-8").split("\n")[:-1])
     cells = np.array([[float(cell or "nan") for cell in row] for row in rows])
     log = dict(zip(names, cells.reshape(-1, len(names)).T))
-    if not ("step" in log or {"iteration", "episodes", "kl"} <= log.keys()) or np.isinf(cells).any():
+    is_whole = "step" in log or {"iteration", "episodes", "kl"} <= log.keys()
+    if not is_whole or np.isinf(cells).any():
         raise ValueError("a column is missing, or a cell is infinite")
     return log
 
@@ -220,7 +221,7 @@ TITLES = dict(  # columns of log.csv, and what accuracies.json has
     p_critical="P(right critical token), %", p_copied="P(right copied digit), %",
     kl="KL, nats a token", loss="loss, nats a token",
     n_nats="loss on 1 to {n} digits, nats a token")
-TITLES |= {f"p_l{line}o{operand}": f"P(last comma), line {line}, number {operand}, %"
+TITLES |= {f"p_l{line}o{operand}": f"P(last comma), line {line}, operand {operand}, %"
            for line in (1, 2, 3) for operand in (1, 2)}
 LOOKS = {  # a setting has one colour and one marker in all figures
     "alpha 0": ("black", "o"), "alpha 1": ("#6baed6", "^"), "alpha 3": ("#2171b5", "s"),
@@ -422,7 +423,7 @@ def place_table(model, a, b, n_digits, temperature, alpha):
     places = data.critical_positions(a, b, n_digits).items()
     for (line, operand, name), i in sorted(places, key=lambda item: item[1]):
         sure, best = certainty(logp[i]).item(), int(logp[i].argmax())
-        rows.append([f"line {line}, number {operand}: {names.get(name, name)}",
+        rows.append([f"line {line}, operand {operand}: {names.get(name, name)}",
                      f"{text[i]}  {logp[i, data.VOCAB.index(text[i])].exp():.1%}",
                      f"{data.VOCAB[best]!r:<5}{logp[i, best].exp():.1%}",
                      f"{sure:.3f}", f"{sure**alpha:.3f}"])
@@ -526,11 +527,11 @@ def tokens_text(models):
     paper = [["temperature", *models[0]["table_1"]], ["critical tokens minus others"] + [
         mean([x["table_1"][temperature] for x in models], "+.3f")
         for temperature in models[0]["table_1"]]]
-    return (f"{table(*rows)}\n\nIn right answers, a certainty below 0.9 have "
-            f"{with_share(both, critical)} critical tokens and\ncopied digits; these are "
-            f"{with_share(both, unsure)} of all tokens below 0.9.\n\nThe paper's Table 1, of 50 "
-            "greedy answers (there -0.33, -0.21, -0.13 for N = 3, 5, 7, at an unnamed temperature):"
-            f"\n\n{table(*paper)}\n")
+    return (f"{table(*rows)}\n\nIn right answers, of the critical tokens and copied digits, "
+            f"{with_share(both, critical)}\nhave a certainty below 0.9. Of all tokens below 0.9, "
+            f"{with_share(both, unsure)} are\nsuch tokens.\n\nThe paper's Table 1, of 50 greedy "
+            "answers (there -0.33, -0.21, -0.13 for N = 3, 5, 7):\n\n"
+            f"{table(*paper)}\n")
 
 
 def tokens(args):
@@ -550,17 +551,19 @@ def tokens(args):
     write_file(args.out / "tokens.json", lambda file: file.write(text.encode()))
 
     shown = np.argsort(correct, kind="stable")[: args.show]  # failures first
-    columns = {args.checkpoint: [answers[i] for i in shown]}
+    columns = {f"before: {args.checkpoint}": [answers[i] for i in shown]}
     if args.after:
         model, facts = load_checkpoint(args.after, args.device)
         check_fits(args.after, model, long, facts["task"])
-        columns[args.after] = solve_problems(model, [pairs[i] for i in shown], args.temperature)[1]
+        columns[f"after: {args.after}"] = solve_problems(model, [pairs[i] for i in shown],
+                                                        args.temperature)[1]
     save_figure(draw_answers(columns, args.temperature), args.out, "tokens.png")
     for name, written in columns.items():
         print("\n\n".join([f"\n{name}", *map(answer_text, written)]))
-    print(f"\n(A picture holds {MOST_LINES} lines at most.) {correct.sum()} of {len(pairs)} problems "
-          f"with one or two {long}-digit numbers are right, greedy.\nCertainties are at temperature "
-          f"{args.temperature:g}, means over the first wrong tokens.\n\n{tokens_text([contents])}")
+    print(f"\nThe picture shows the first {MOST_LINES} lines at most.\n{correct.sum()} of "
+          f"{len(pairs)} problems with one or two {long}-digit numbers are right, greedy.\n"
+          f"Certainties are at temperature {args.temperature:g}, means over the first wrong tokens."
+          f"\n\n{tokens_text([contents])}")
 
 
 # ------------------------------------------------------------------ explain
@@ -572,6 +575,7 @@ def explain(args):
     run = ppo.parse_args([f"--{name}={settings[name]}" for name in options])
     path = args.checkpoint or run.checkpoint
     reference, facts = load_checkpoint(path, args.device)
+    reference.requires_grad_(False)
     if ppo.pretrained_name(reference, facts) != settings.get("pretrained"):
         stop(f"{args.run_folder} is no run of ppo.py from {path}; name its model with --checkpoint")
     check_fits(path, reference, facts["digits"] + run.extra_digits, facts["task"])
@@ -582,7 +586,8 @@ def explain(args):
         state = torch.load(path, map_location="cpu", weights_only=True)
         policy.load_state_dict(state["policy"])
         value_head.load_state_dict(state["value_head"])
-        if state["settings"] != settings or not all(p.isfinite().all() for p in policy.parameters()):
+        finite = all(p.isfinite().all() for p in policy.parameters())
+        if state["settings"] != settings or not finite:
             raise ValueError("it is of other settings, or a weight is not finite")
         return int(state["step"])
 
@@ -794,11 +799,12 @@ def compare(args):
     print(f"\n{text}\n")
     if n_models == 1:
         print("One model cannot show which setting is better: from another model it may end the "
-              "other way round.\nThe group next to you has another of the ten. compare takes the "
-              "folders of all groups at once.")
+              "other way round.\nThe group next to you has another of the ten; compare takes the "
+              "folders of all groups at once.\n(The picture's points are of --eval_problems "
+              "problems each, the table's figures of --final_problems.)")
     else:
         print("Brackets: 95% interval over pre-trained models. Differences: in points, of the same "
-              "models.\nHigher or lower: the interval does not hold 0. p: the exact sign-flip test.")
+              "models.\nHigher, lower: the interval does not hold 0. p: the exact sign-flip test.")
 
 
 # ------------------------------------------------------------------ the command line

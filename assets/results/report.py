@@ -125,8 +125,8 @@ def pretrained(runs, out):
               for run in found]
     save_figure(analyze.draw_curves(by_setting(found), ["nk_varying", "n_identical", "loss"]), out,
                 "pretrained.png")
-    return (f"## Where do the pre-trained models fail?\n\n{analyze.tokens_text(tokens)}\n% solved by "
-            f"each of them:\n\n{table(['model', *cells.values()], *solved)}\n\n"
+    return ("## Where do the pre-trained models fail?\n\n" + analyze.tokens_text(tokens) +
+            f"\n% solved by each of them:\n\n{table(['model', *cells.values()], *solved)}\n\n"
             "![The pre-trained models learn](pretrained.png)\n")
 
 
