@@ -17,6 +17,7 @@ import glob
 import json
 import math
 import re
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -29,8 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import data
 from kl import certainty, prioritized_kl
-from model import get_device, load_checkpoint, read, read_file, solve, write_file
-from pretrain import command_line, number, stop
+from model import load, load_checkpoint, read, read_file, solve, write_file
+from pretrain import number, run_script, stop, to_device
 
 
 # ------------------------------------------------------------------ statistics
@@ -100,6 +101,7 @@ def paired_differences(values, first):
 # ------------------------------------------------------------------ runs and settings
 Run = namedtuple("Run", "folder settings log accuracies")
 PENALTY = {"alpha", "kl_coef", "kl_weight"}
+AGAIN = "the run's own command with --fresh makes it again"
 NO_EFFECT = {"eval_every", "eval_problems", "final_problems", "checkpoint", "seed", "pretrained"}
 
 
@@ -140,13 +142,13 @@ def load_run(folder):
         stop(f"{folder} is no folder; a run is a folder that pretrain.py or ppo.py wrote")
     if not (folder / "log.csv").exists():
         return None
-    settings = read_file(folder / "settings.json", parse_settings)
-    log, accuracies = read_file(folder / "log.csv", parse_log), {}
+    settings = read_file(folder / "settings.json", parse_settings, AGAIN)
+    log, accuracies = read_file(folder / "log.csv", parse_log, AGAIN), {}
     if (folder / "accuracies.json").exists():
-        accuracies = read_file(folder / "accuracies.json", parse_accuracies)
+        accuracies = read_file(folder / "accuracies.json", parse_accuracies, AGAIN)
         if accuracies.get("settings") != settings:
             stop(f"{folder} mixes two runs: accuracies.json has other settings than settings.json; "
-                 "the command of the run with --fresh makes it again")
+                 f"{AGAIN}")
     steps = log["step" if "step" in log else "iteration"]
     return Run(folder, settings, log, accuracies) if len(steps) and steps[-1] >= 1 else None
 
@@ -570,7 +572,7 @@ def tokens(args):
 def explain(args):
     """Let a run, as it stands, answer its next problems, and explain one of the answers."""
     import ppo  # no other verb needs it
-    settings = read_file(args.run_folder / "settings.json", parse_settings)
+    settings = read_file(args.run_folder / "settings.json", parse_settings, AGAIN)
     options = sorted(vars(ppo.parse_args([])).keys() & settings.keys())
     run = ppo.parse_args([f"--{name}={settings[name]}" for name in options])
     path = args.checkpoint or run.checkpoint
@@ -583,7 +585,7 @@ def explain(args):
     value_head = ppo.ValueHead(policy.config.n_embd).to(args.device)
 
     def load_state(path):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load(path)
         policy.load_state_dict(state["policy"])
         value_head.load_state_dict(state["value_head"])
         finite = all(p.isfinite().all() for p in policy.parameters())
@@ -592,7 +594,7 @@ def explain(args):
         return int(state["step"])
 
     if (args.run_folder / "state.pt").exists():
-        step = read_file(args.run_folder / "state.pt", load_state)
+        step = read_file(args.run_folder / "state.pt", load_state, AGAIN)
     else:
         print("nothing is saved so far: the policy is still the reference, and k2 is 0")
     pairs, generator = ppo.draw_problems(run, facts, step + 1, args.device)
@@ -808,7 +810,6 @@ def compare(args):
 
 
 # ------------------------------------------------------------------ the command line
-@command_line("nothing is lost; the same command starts over")
 def main(argv=None):
     ap = argparse.ArgumentParser(description="Tables and pictures from checkpoints and runs.")
     verbs, adders = ap.add_subparsers(dest="verb", required=True), {}
@@ -824,7 +825,7 @@ def main(argv=None):
         if run in (curves, compare):
             add("runs", nargs="+", help="folders of runs, or patterns like out/ppo_*")
         else:
-            add("--device", type=get_device, default="auto", help="cpu, cuda, mps, or auto")
+            add("--device", type=to_device, default="auto", help="cpu, cuda, mps, or auto")
         if run in (answer, tokens):
             add("--temperature", type=number(float, 0.001, 1000), default=2.0,
                 help="of certainties and probabilities; 2 as in ppo.py")
@@ -846,8 +847,8 @@ def main(argv=None):
     add = adders[curves]
     add("--show", default="curves", help="curves, critical, drift, or a column of log.csv")
     args = ap.parse_args(argv)
-    args.run(args)
+    return run_script(args.run, args, "nothing is lost; the same command starts over")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
