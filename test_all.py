@@ -1461,6 +1461,9 @@ class Solutions(Case):
                 (f"--handout {HERE}/assets/copy", "inside"), ("--handout file", "File exists"),
                 ("--handout file/copy", "cannot write"), ("--points --limit 0", "seconds")):
             self.fails(main, options.split(), message)
+        self.assertEqual("3\n", self.python(
+            "-c", "import torch; torch.set_num_threads(3); import test_all; "
+            "print(torch.get_num_threads())", folder=HERE), "an import changes nothing")
 
 
 class Independent(Rollouts):
