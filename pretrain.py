@@ -226,6 +226,7 @@ class Run:
     a file that is damaged, does not fit or cannot be written.
     """
     FILES = ("settings.json", "log.csv", "state.pt", "model.pt", "accuracies.json")
+    lock = None  # on the folder of the run that this process is making
 
     def __init__(self, folder, settings, columns, fresh, parts, first=1):
         """columns: of log.csv, to which "seconds" is added; first: the number of its first row."""
@@ -253,8 +254,8 @@ class Run:
         """One run in a folder. A lock of SQLite works on every system and ends with the process."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = sqlite3.connect(self.folder / "lock", timeout=0)
-            self.lock.execute("BEGIN EXCLUSIVE")
+            Run.lock = sqlite3.connect(self.folder / "lock", timeout=0)
+            Run.lock.execute("BEGIN EXCLUSIVE")
         except (OSError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", None) or str(error)
         else:
@@ -353,7 +354,6 @@ class Run:
     def finish(self, **tables):
         """Write accuracies.json: with it and model.pt the run is finished."""
         self.write_json("accuracies.json", dict(settings=self.settings, **tables))
-        self.lock.close()
         print(f"\nfinished in {self.seconds() / 60:.1f} minutes; saved {self.files['model.pt']}")
 
 
@@ -456,6 +456,9 @@ def run_script(function, args, hint):
         return 141
     except (OSError, NotImplementedError) as error:  # an exercise that is still open is the latter
         stop(error)
+    finally:
+        if Run.lock:  # a notebook's process goes on
+            Run.lock.close()
     return 0
 
 
