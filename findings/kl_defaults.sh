@@ -4,7 +4,7 @@
 #
 # TRL 1.16.0 (GRPO), verl 0.9.1, OpenRLHF 0.11.2, SkyRL 0.3.0, AReaL 1.0.4. Seen:
 # - TRL and verl have no KL penalty at all until it is switched on. OpenRLHF and AReaL have one in
-#   the reward (k1), SkyRL one in the loss (k3).
+#   the reward (k1; AReaL once a reference model is configured), SkyRL one in the loss (k3).
 # - On-policy, the mean gradient of a plain k3 in the loss (verl, SkyRL) is that of the forward KL,
 #   KL(pi_ref || pi). That of verl's "k3+" and of OpenRLHF with unbiased_gradient, whatever its
 #   estimator, is that of the reverse KL, KL(pi || pi_ref), as is that of k1 in the reward. k1 in
@@ -21,8 +21,8 @@
 #   TRL      beta, use_bias_correction_kl, loss_type: 0.0 True dapo
 #   verl     use_kl_loss, its type and coef, loss_agg_mode: False low_var_kl 0.001 token-mean
 #   verl     use_kl_in_reward, kl_penalty (its estimator there): False kl
-#   OpenRLHF use_loss, estimator, coef, unbiased_gradient, loss_agg_mode: False k1 0.01 False token-mean
-#   SkyRL    use_kl_loss, ..._in_reward, estimator, coef, loss_reduction: True False k3 0.001 token_mean
+#   OpenRLHF use_loss, estimator, coef, unbiased, loss_agg_mode: False k1 0.01 False token-mean
+#   SkyRL    use_kl_loss, in_reward, estimator, coef, loss_reduction: True False k3 0.001 token_mean
 #   AReaL    estimator, kl_ctl (in the reward): k1 0.1
 #   on-policy, the mean gradient is that of the
 #   verl     low_var_kl (k3), in the loss             forward KL
@@ -106,8 +106,8 @@ print("defaults")
 print("TRL      beta, use_bias_correction_kl, loss_type:", *trl)
 print("verl     use_kl_loss, its type and coef, loss_agg_mode:", *verl[:4])
 print("verl     use_kl_in_reward, kl_penalty (its estimator there):", *verl[4:])
-print("OpenRLHF use_loss, estimator, coef, unbiased_gradient, loss_agg_mode:", *openrlhf)
-print("SkyRL    use_kl_loss, ..._in_reward, estimator, coef, loss_reduction:", *skyrl)
+print("OpenRLHF use_loss, estimator, coef, unbiased, loss_agg_mode:", *openrlhf)
+print("SkyRL    use_kl_loss, in_reward, estimator, coef, loss_reduction:", *skyrl)
 print("AReaL    estimator, kl_ctl (in the reward):", *areal)
 assert trl == [0.0, True, "dapo"]
 assert verl == [False, "low_var_kl", 0.001, "token-mean", False, "kl"]
