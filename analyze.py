@@ -199,9 +199,10 @@ def by_setting(runs):
 
     def order(run):
         x = run.settings
-        numbers = re.sub(r"\d+", lambda digits: digits[0].zfill(9), in_words(run))  # 3 before 10
+        values = [x.get(name) for name in varying]
         return (x.get("kl_coef") == 0, x.get("kl_weight", "certainty") != "certainty",
-                x.get("alpha", 0), -x.get("kl_coef", 0), numbers)
+                x.get("alpha", 0), -x.get("kl_coef", 0), str(x.get("kl_weight")),
+                [(0, v, "") if isinstance(v, (int, float)) else (1, 0, str(v)) for v in values])
 
     settings = {}
     for run in sorted(runs, key=order):

@@ -14,6 +14,7 @@ import csv
 import errno
 import filecmp
 import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -1098,7 +1099,7 @@ class Scripts(Case):
         _, results, _ = self.finished()
         state = model.load("r/state.pt")
         Path("r/accuracies.json").write_text(results.replace('"alpha": 3.0', '"alpha": 0.0'))
-        self.fails(ppo.main, RL, "holds a run with alpha 0.0, not 3.0; choose another --out, or --f")
+        self.fails(ppo.main, RL, "holds a run with alpha 0.0, not 3.0; choose another --out, or")
         os.remove("r/accuracies.json")
         torch.save(state | dict(settings=state["settings"] | dict(seed=1)), "r/state.pt")
         self.fails(ppo.main, RL, "seed 1, not 0")
@@ -1256,7 +1257,8 @@ class Scripts(Case):
         long = "--kl_coef 0.05 --lr 0.001 --value_lr 0.01 --temperature 1.2"
         names = {}
         for options in ("", "--lr 1e-05", "--kl_weight mask", "--lr 0.001", "--alpha 3.0000001",
-                        "--device cpu --checkpoint a/b\\c:d", long, long + "5", long + " --clip 0.1",
+                        "--device cpu --checkpoint a/b\\c:d", long, long + "5",
+                        long + " --clip 0.1",
                         "--seed 7 --alpha 9 --lr 3e-05 --clip 0.15 --episodes 128"):
             args = ppo.parse_args(options.split())
             prefix = f"ppo_n5_seed0_ab67a433_alpha{args.alpha}"
@@ -1301,18 +1303,50 @@ class Scripts(Case):
 
 # ------------------------------------------------------------------ analyze.py
 class Analyze(Case):
+    def write_run(self, folder, alpha=3.0, model="m0", after=0.5, sampled=None, rows=2, **settings):
+        """A run of ppo.py, N = 5, k = 1, as it lies on disk; two 6-digit numbers: 25% before."""
+        settings = dict(alpha=alpha, kl_coef=0.1, kl_weight="certainty", digits=5, extra_digits=1,
+                        seed=0, task="add", pretrained=model, eval_every=5) | settings
+        table = {"identical 5": 1.0, "varying 5": 1.0, "identical 6": 0.25, "varying 6": 0.5}
+        end = table | {"identical 6": after}
+        if sampled is not None:
+            end["sampled, training mix"] = sampled
+        log = "iteration,episodes,kl,nk_identical\n" + "".join(
+            f"{i},{64 * i},{'' if i == 0 else 0.5},{0.25 + i / 10}\n" for i in range(rows))
+        path = Path(folder)
+        path.mkdir(parents=True)
+        path.joinpath("settings.json").write_text(json.dumps(settings))
+        path.joinpath("log.csv").write_text(log)
+        path.joinpath("accuracies.json").write_text(json.dumps(
+            dict(settings=settings, before=table, after=end)))
+        return path
+
     def test_statistics_by_hand(self):
         for got, expected in (
-                (analyze.interval([0, 1, 2]), (1, 1 - 4.3027 / 3**0.5, 1 + 4.3027 / 3**0.5)),
+                ([analyze.t_quantile(n) for n in (1, 2, 9, 30, 100, 1000)],  # scipy.stats.t.ppf
+                 [12.706205, 4.302653, 2.262157, 2.042272, 1.983972, 1.962339]),
+                (analyze.interval([0, 1, 2]), (1, 1 - 4.302653 / 3**0.5, 1 + 4.302653 / 3**0.5)),
                 (analyze.interval([4]), (4, math.nan, math.nan)),
-                (analyze.share(5, 5), (1, 5 / (5 + 1.96**2), 1)),
-                (analyze.share(50, 100), (0.5, 0.4038, 0.5962)),
-                (analyze.sign_flip_p([1, 2, 3]), 2 / 8), (analyze.sign_flip_p([-1] * 5), 2 / 32),
-                (analyze.sign_flip_p([3, -1, 2]), 4 / 8),  # sums of 4 or more: 6, 4, -4, -6
-                (analyze.sign_flip_p([0.1, 0.2, 0.3, -0.6]), 1),
-                (analyze.pair(dict(m1=5, m0=1), dict(m0=3, m1=4)), [-2, 1])):
-            np.testing.assert_allclose(got, expected, atol=2e-4)
-        self.fails(lambda x: analyze.pair(x, dict(m0=3, m1=4)), dict(m0=3, m2=4), "m")
+                (analyze.wilson_interval(5, 5), (1, 5 / (5 + 1.959964**2), 1)),
+                (analyze.wilson_interval(50, 100), (0.5, 0.403832, 0.596168)),
+                (analyze.paired_differences(dict(m1=5, m0=1, m2=0), dict(m0=3, m1=4)), [-2, 1])):
+            np.testing.assert_allclose(got, expected, atol=2e-6)
+
+    def test_sign_flip_p(self):
+        for differences, expected in (
+                ([1, 2, 3], 2 / 8), ([-1] * 5, 2 / 32), ([0, 0], 1), ([], 1),
+                ([3, -1, 2], 4 / 8),  # sums of 4 or more: 6, 4, -4, -6
+                ([0.1, 0.2, 0.3, -0.6], 1), ([1.0] * 30, 2 / 2**30), ([2.0] * 40, 2 / 2**40),
+                ([1.0] * 38 + [-1.0] * 2, 2 * (1 + 40 + 780) / 2**40)):  # 0, 1 or 2 signs less
+            self.assertAlmostEqual(analyze.sign_flip_p(differences) / expected, 1, places=9)
+        for differences in np.random.default_rng(0).normal(0.3, 1, (20, 7)).round(1):
+            sums = [abs(np.dot(signs, differences)) for signs in
+                    itertools.product((1, -1), repeat=7)]
+            expected = np.mean([x >= abs(differences.sum()) - 1e-9 for x in sums])
+            self.assertEqual(analyze.sign_flip_p(differences), expected)
+        for wrong in ([1.0] * 41, [math.nan, 1], [math.inf, 1]):
+            with self.assertRaises(ValueError):
+                analyze.sign_flip_p(wrong)
 
     def test_the_interval_covers_95_percent_with_five_models(self):
         """Of 4,000 samples."""
@@ -1320,58 +1354,288 @@ class Analyze(Case):
         covered = [low <= 3 <= high for _, low, high in map(analyze.interval, samples)]
         self.assertAlmostEqual(np.mean(covered), 0.95, delta=0.012)  # 3.5 standard errors
 
-    def test_at_equal_kl(self):
-        """KL 2 is halfway from 1 to 4: alpha 0 has 30 and 35 points there, alpha 3 2 and 4 more."""
-        self.patch("analyze.outcomes", lambda setting, name: dict(enumerate(setting[name == "KL"])))
-        text = analyze.at_equal_kl({"no penalty": [(50, 40), (4, 4)], "alpha 0": [(10, 30), (1, 1)],
-                                    "alpha 3": [(32, 39), (2, 2)]})  # 3 -+ 12.706
-        self.assertRegex(text, r"^- alpha 3 .*: \+3.0 \[-9.7, \+15.7\] points, p = 0.500\n$")
+    def test_import_changes_nothing(self):
+        self.python("-c", "import matplotlib, sys; before = list(dict.items(matplotlib.rcParams)); "
+                    "import analyze; assert list(dict.items(matplotlib.rcParams)) == before; "
+                    "assert 'matplotlib.pyplot' not in sys.modules and 'ppo' not in sys.modules",
+                    folder=HERE)
 
-    def test_classes_of_failures(self):
-        one, known = WORKED.index("[3,6,7]"), analyze.token_classes(367, 28, 2)
-        for at, wrong, found in ((one + 4, "]", "closed early"), (one + 5, "6", "closed early"),
-                                 (one + 3, "7", "copied digit"), (one + 1, "6", "elsewhere"),
-                                 (len(WORKED) - 2, "6", "elsewhere")):
-            text = WORKED[:at] + wrong + WORKED[at + 1 :]
-            self.assertEqual((data.first_error(text, 367, 28), known.get(at, "elsewhere")),
-                             (at, found))
-        self.assertIsNone(data.first_error(WORKED, 367, 28))
+    def wrong_answer(self, at, wrong):
+        """WORKED with another character at an index; the certainty of character i is i / 1000."""
+        text = WORKED[:at] + wrong + WORKED[at + 1 :]
+        return analyze.Answer(367, 28, text, np.arange(len(text)) / 1000)
 
-    def test_compare_and_report(self):
-        """Alpha 0 and 3 from three models: identical N+1 is 20, 30, 40% and 10, 20, 30 higher: 30,
-        50 and 20 +- 4.303 * 10 / sqrt(3). Of 8 choices of signs +++ and --- reach 60: p = 1/4."""
-        run = pretrain.Run(pretrain.parse_args(["--out", "runs/pretrained/m0"]))
-        run.log(1, dict(step=1, loss=0.5), last=True)
-        quiet(functools.partial(run.finish, after={"identical 5": 1, "identical 6": 0.25}))
-        one = dict(answers=3, failures=2, certainty=0, relative=0)
-        classes = dict.fromkeys(analyze.CLASSES, one)
-        pretrain.write_text("runs/pretrained/m0/tokens.json", json.dumps(dict(classes=classes)))
-        pretrain.write_text("runs/README.md", "# Results")
-        for alpha, m in itertools.product((0, 3), range(3)):
-            args = ppo.parse_args(["--alpha", str(alpha)])[1]
-            args.digits, args.task, args.preset, args.pretrained = 5, "add", "small", f"m{m}"
-            args.out = f"runs/exponent/alpha{alpha}_model{m}"
-            run = pretrain.Run(args)
-            for i in range(3):
-                row = dict(iteration=i, episodes=64 * i, kl=0.5, nk_identical=0.5)
-                run.log(i, row, last=True)
-            before = {f"{mode} {n}": 0.25 for mode in ("identical", "varying") for n in (5, 6)}
-            after = before | {"identical 6": 0.2 + m / 10 + (alpha > 0) * (m + 1) / 10}
-            quiet(functools.partial(run.finish, before=before, after=after))
-        _, printed = quiet(analyze.main, ["compare", "runs/exponent/*"])
-        for text in ("30.0 [5.2, 54.8]", "50.0 [0.3, 99.7]", "+20.0 [-4.8, +44.8]", "0.250"):
+    def test_where_answers_go_wrong(self):
+        """N = 2: in [3,6,7] 6 is the copied digit, ',7' are critical. Two answers err at the comma,
+        one of them with a right result; the mean certainty there is the index / 1000."""
+        one, answers = WORKED.index("[3,6,7]"), []
+        for at, wrong in ((one + 4, "]"), (one + 4, "6"), (one + 3, "7"), (len(WORKED) - 2, "6")):
+            answers.append(self.wrong_answer(at, wrong))
+        found = analyze.first_wrong(answers, [True, False, False, False], 2)
+        for name, n, failures, at in (("critical token", 2, 1, one + 4),
+                                      ("copied digit", 1, 1, one + 3),
+                                      ("elsewhere", 1, 1, len(WORKED) - 2)):
+            self.assertEqual((found[name]["answers"], found[name]["failures"]), (n, failures))
+            self.assertAlmostEqual(found[name]["certainty"], at / 1000)
+        right = analyze.Answer(367, 28, WORKED, np.ones(len(WORKED)))
+        self.assertIsNone(analyze.first_wrong([right], [True], 2)["elsewhere"]["certainty"])
+
+    def test_table_1_and_unsure_tokens(self):
+        """Certainty 0 at line 1's last comma and at one other token, else 1. Lines 1 to 3 have the
+        critical tokens ',7', ',6' and '3'. With L tokens the comma has 0 - (L - 2) / (L - 1), the
+        four others 1 - (L - 3) / (L - 1)."""
+        at, L = WORKED.index("[3,6,7]") + 4, len(WORKED) - len(data.prompt(367, 28))
+        logp = torch.full((len(WORKED), 40), -1000.0)
+        logp[:, 0] = 0
+        logp[[at, len(WORKED) - 2]] = -math.log(40)
+        self.patch("analyze.read_texts", lambda model, texts, temperature: [logp] * len(texts))
+        right = analyze.Answer(367, 28, WORKED, None)
+        self.assertAlmostEqual(analyze.paper_table_1(None, [right], 2, 1),
+                               (-(L - 2) + 4 * 2) / (L - 1) / 5, places=5)
+        wrong = self.wrong_answer(at, "]")  # of the critical tokens it reaches the comma alone
+        self.assertAlmostEqual(analyze.paper_table_1(None, [wrong], 2, 1), -(L - 2) / (L - 1),
+                               places=5)
+        self.assertIsNone(analyze.paper_table_1(None, [right], 3, 1))
+        self.assertEqual(analyze.unsure_tokens(None, [(367, 28)], 2, 1),
+                         dict(critical=7, unsure=2, both=1))  # with two copied digits
+
+    def test_answer_in_text(self):
+        comma = WORKED.index("[3,6,7]") + 4
+        lines = analyze.answer_text(self.wrong_answer(comma, "]")).split("\n")
+        self.assertEqual(lines[0], "367+28: line 1, operand 1: wrote ']' for ','")
+        self.assertEqual(lines[2:5], [
+            "wrote  [3,6]7] + [2,8] , A=[] , C=0 , 7+8+0=15 , A->5 , C->1", "           ^",
+            "right  [3,6,7] + [2,8] , A=[] , C=0 , 7+8+0=15 , A->5 , C->1"])
+        for text in ("", "\n", WORKED[:30], WORKED[:-1], "x" * 300):  # whatever a model may write
+            text = data.prompt(367, 28) + text
+            cut = analyze.Answer(367, 28, text, np.full(len(text), 0.5))
+            self.assertEqual(analyze.answer_text(cut).count("\nright "), 1)
+            analyze.draw_answers(dict(one=[cut] * 40), 2)
+
+    def test_answer(self):
+        save_tiny("a.pt")
+        argv = ["answer", "a.pt", "--device", "cpu", "--out", "f"]
+        for words in (["12+3"], [" 12 + 3 "], ["12", "+", "3"], ["a.pt", "12+3"]):
+            _, printed = quiet(analyze.main, [*argv[:2], *words, *argv[2:]])
+            self.assertIn("12+3: ", printed)
+            n_tables = printed.count("| line 1, operand 1: last comma ")
+            self.assertEqual(n_tables, 1 + ("a.pt" in words))
+        self.assertGreater(os.path.getsize("f/answer.png"), 1000)
+        for word, message in (("12-3", "is not a problem"), ("12+3+4", "is not a problem"),
+                              ("one", "is not a problem"), ("", "is not a problem"),
+                              ("9" * 400 + "+1", "no positions"), ("9" * 5000 + "+1", "not a prob"),
+                              ("\u0661+1", "is not a problem")):
+            self.fails(analyze.main, [*argv[:2], word, *argv[2:]], message)
+        self.fails(analyze.main, ["answer", "b.pt", "1+2"], "b.pt")
+        self.assertEqual(analyze.parse_problem("12 -5", "subtract"), (12, -5))
+
+    def test_tokens(self):
+        """The json is there before the picture, with no NaN; a picture of bounded size."""
+        save_tiny("a.pt")
+        argv = ["tokens", "a.pt", "--problems", "6", "--device", "cpu", "--out", "f", "--show", "6"]
+        quiet(analyze.main, argv + ["--after", "a.pt"])
+        contents = json.loads(text_of("f/tokens.json"), parse_constant=self.fail)
+        self.assertEqual((contents["problems"], list(contents["table_1"])), (6, ["1", "2", "4"]))
+        width, height = (int.from_bytes(Path("f/tokens.png").read_bytes()[i : i + 4])
+                         for i in (16, 20))
+        self.assertLess(max(width, height), 6000)
+        os.remove("f/tokens.json")
+        self.patch("analyze.draw_answers", side_effect=OSError("no picture"))
+        self.fails(analyze.main, argv, "no picture")
+        self.assertTrue(os.path.exists("f/tokens.json"))
+        self.fails(analyze.main, argv + ["--extra_digits", "9"], "no positions")
+
+    def test_explain(self):
+        """It shows the right answer whose freed critical token costs most, and works out its J."""
+        pairs = [(12, 3), (45, 1), (67, 8)]
+        texts = [data.prompt(*pair) + data.answer(*pair) for pair in pairs]
+        T = max(map(len, texts)) - 1
+        mask = torch.tensor([[float(len(data.prompt(*pair)) - 1 <= t < len(text) - 1)
+                              for t in range(T)] for pair, text in zip(pairs, texts)])
+        batch = {name: torch.zeros(3, T) for name in ("old_logp", "ref_logp", "advantages")}
+        batch |= dict(texts=texts, mask=mask, weight=mask / 2, ref_logits=torch.zeros(3, T, 40),
+                      success=torch.tensor([1.0, 1.0, 0.0]),
+                      critical=ppo.known_critical(texts, pairs, 1, mask))
+        comma = data.critical_positions(45, 1, 1)[1, 1, "comma1"] - 1
+        batch["ref_logp"][1:, comma] = torch.tensor([-2.0, -3.0])  # the last answer is wrong
+        batch["ref_logp"][0, 40] = -3.0  # costs more, at a token that is not critical
+        printed = analyze.explain_text(batch, pairs, 2.0, 0.5)
+        self.assertIn("Input:\n45+1\nTarget:", printed)
+        row = [line.split() for line in printed.splitlines() if line.startswith("* line 1")][1]
+        expected = "',' -2.0000 0.0000 2.0000 0.0000 0.5000 1.0000 0.0000 0.5000".split()
+        self.assertEqual(row[5:], expected)  # the last is the loss, kl_coef 0.5 * weight 0.5 * k2 2
+        self.assertRegex(printed, r"entropy H .*3\.6889.* = 0\.0000")  # log 40, J
+        self.assertLessEqual(max(map(len, printed.splitlines())), 100)
+
+    def test_explain_rebuilds_the_run(self):
+        save_tiny("a.pt")
+        argv = ("--checkpoint a.pt --iterations 1 --episodes 4 --eval_problems 2 --final_problems 2"
+                " --alpha 2 --device cpu --out r").split()
+        quiet(ppo.main, argv)
+        _, printed = quiet(analyze.main, ["explain", "r", "--device", "cpu"])
+        self.assertIn("J^2 = ", printed)
+        model.save_checkpoint("b.pt", tiny_model(seed=1), torch.float32, digits=1, task="add",
+                              preset="tiny", seed=1, accuracies={})
+        self.fails(analyze.main, ["explain", "r", "--checkpoint", "b.pt"], "is no run of ppo.py")
+        for damage in (b"", Path("r/state.pt").read_bytes()[:2000]):
+            Path("r/state.pt").write_bytes(damage)
+            self.fails(analyze.main, ["explain", "r"], "state.pt")
+        os.remove("r/state.pt")
+        self.assertIn("k2 is 0", quiet(analyze.main, ["explain", "r", "--device", "cpu"])[1])
+        self.fails(analyze.main, ["explain", "nothing"], "settings.json")
+
+    def test_compare(self):
+        """Two 6-digit numbers: alpha 0 has 20, 30, 40%, alpha 3 10, 20, 30 more: 30, 50 and 20 -+
+        4.303 * 10 / sqrt(3). Of 8 choices of signs +++ and --- reach 60: p = 1/4."""
+        for alpha, m in itertools.product((3.0, 0.0), range(3)):
+            after = 0.2 + m / 10 + (alpha > 0) * (m + 1) / 10
+            self.write_run(f"runs/alpha{alpha:g}_{m}", alpha, f"m{m}", after, eval_every=m)
+        _, printed = quiet(analyze.main, ["compare", "runs/*"])
+        for text in ("30.0 [5.2, 54.8]", "50.0 [0.3, 99.7]", "+20.0 [-4.8, +44.8], p = 0.250",
+                     "minus alpha 0 (models)", "two 6-digit numbers, %", "before (3)"):
             self.assertIn(text, printed)
-        self.patch("analyze.SECTIONS", analyze.SECTIONS[:1])
+        backwards = sorted(map(str, Path("runs").iterdir()))[::-1]
+        self.assertEqual(quiet(analyze.main, ["compare", *backwards])[1], printed)
+        _, printed = quiet(analyze.main, ["compare", "runs/alpha0_1", "runs/alpha3_1"])
+        self.assertIn("One model cannot show", printed)
+        self.assertNotIn("minus", printed)
+        shutil.rmtree("runs/alpha3_2")  # a model of one setting only is left out of the pairs
+        self.assertIn("| alpha 3 (2) ", quiet(analyze.main, ["compare", "runs/*"])[1])
+        os.remove("runs/alpha0_0/accuracies.json")
+        self.fails(analyze.main, ["compare", "runs/*"], "alpha0_0 is not a finished run")
+        for m in range(41):
+            self.write_run(f"many/{m}", 3.0, f"m{m}")
+        self.fails(analyze.main, ["compare", "many/*"], "at most 40")
+
+    def test_settings_in_words(self):
+        """Their order, and what makes them differ."""
+        kinds = [dict(), dict(alpha=10.0), dict(alpha=0.0), dict(kl_coef=0.0),
+                 dict(kl_coef=0.0, alpha=0.0), dict(kl_coef=0.05), dict(kl_weight="oracle"),
+                 dict(kl_weight="oracle", alpha=0.0), dict(kl_weight="matched")]
+        for i, settings in enumerate(kinds):
+            self.write_run(f"runs/{i}", model=f"m{i}", **settings)
+        settings = analyze.by_setting(analyze.load_runs(["runs/*"]))
+        self.assertEqual({label: len(models) for label, models in settings.items()}, {
+            "alpha 0": 1, "alpha 3": 1, "alpha 3, kl_coef 0.05": 1, "alpha 10": 1, "oracle": 2,
+            "alpha 3, matched": 1, "no penalty": 2})
+        self.write_run("runs/9", lr=0.01)
+        self.write_run("runs/10", lr=0.002)
+        labels = list(analyze.by_setting(analyze.load_runs(["runs/9", "runs/10"])))
+        self.assertEqual(labels, ["alpha 3, lr 0.002", "alpha 3, lr 0.01"])
+        self.assertEqual(ppo.parse_args([]).kl_coef, 0.1)  # what penalty_in_words leaves out
+
+    def test_pictures(self):
+        """Percentages between 0 and 100, a name at every setting, one look for each setting."""
+        for alpha, m in itertools.product((0.0, 3.0, 7.0, 8.0), range(3)):
+            self.write_run(f"runs/{alpha}_{m}", alpha, f"m{m}", after=m / 2)
+        settings = analyze.by_setting(analyze.load_runs(["runs/*"]))
+        figure = analyze.draw_compare(settings)
+        learned, kept = figure.axes
+        self.assertEqual([tick.get_text() for tick in learned.get_yticklabels()], list(settings))
+        self.assertEqual(learned.get_xlim(), (0, 100))
+        self.assertTrue(learned.get_title().startswith("learned: two 6-digit numbers, %"))
+        self.assertIn("3 models, 95% interval", figure.get_suptitle())
+        looks = {tuple(analyze.look(label, i).values()) for i, label in enumerate(settings)}
+        self.assertEqual(len(looks), 4)
+        curves = analyze.draw_curves(settings, ["nk_identical"])
+        self.assertEqual([axis.get_title() for axis in curves.axes], list(settings)[1:])
+        for axis in curves.axes:
+            self.assertEqual(axis.get_ylim(), (0, 100))
+            self.assertEqual(axis.lines[0].get_color(), analyze.look("alpha 0", 0)["color"])
+            np.testing.assert_allclose(axis.lines[1].get_ydata(), [25, 35])
+
+    def test_files_of_runs(self):
+        """What is damaged ends in one line that names it; what is not there yet is left out."""
+        run = self.write_run("runs/a [1]")
+        empty, begun = self.write_run("runs/b", rows=0), self.write_run("runs/c", rows=1)
+        self.write_run("runs/d")
+        os.remove("runs/d/log.csv")
+        _, printed = quiet(analyze.main, ["curves", "runs/a [1]", "runs/?"])
+        for path in (empty, begun, "runs/d"):
+            self.assertIn(str(path), printed)
+        with open(run / "log.csv", "a") as file:
+            file.write("2,12")  # is being written
+        self.assertEqual(len(analyze.load_run(run).log["kl"]), 2)
+        Path("file").write_text("")
+        for path, message in (("runs/d", "no iteration"), ("file", "is no folder"),
+                              ("runs/x*", "no folder matches")):
+            self.fails(analyze.main, ["curves", path], message)
+        self.fails(analyze.main, ["curves", str(run), "--show", "loss"], "not all logged")
+        for name, contents in itertools.product(
+                ("settings.json", "log.csv", "accuracies.json"),
+                ("", "{", "[]", "null", "{}", "[" * 100_000, "\0\xff", "a,b\n1\n", '{"after": 3}',
+                 "iteration,episodes,kl\n1,inf,1\n", '{"seed": NaN, "digits": 1}')):
+            with self.subTest(name=name, contents=contents[:20]):
+                copy = shutil.copytree(run, "copy")
+                Path(copy, name).write_text(contents, encoding="latin-1")
+                self.fails(analyze.main, ["compare", copy], name)
+                shutil.rmtree(copy)
+        mixed = json.loads(text_of(run, "accuracies.json"))
+        mixed["settings"]["alpha"] = 0.0
+        (run / "accuracies.json").write_text(json.dumps(mixed))
+        self.fails(analyze.main, ["compare", str(run)], "--fresh")
+
+    def test_fuzz(self):
+        """Random damage to a run's files, random options: a result or one line."""
+        rng = np.random.default_rng(0)
+        run = self.write_run("run", sampled=0.1)
+        save_tiny("a.pt")
+        words = ["-1", "nan", "inf", "1e400", "0", "7", "", "run", "a.pt", "3+4", "--show", "kl",
+                 "--problems", "--out", "--alpha", "--temperature", "--device", "cpu:x", "*", "\0"]
+        for i in range(2000 if SLOW else 60):
+            copy = shutil.copytree(run, "copy")
+            path = Path(copy, rng.choice(["settings.json", "log.csv", "accuracies.json"]))
+            contents = bytearray(path.read_bytes())
+            for at in rng.integers(0, len(contents), rng.integers(1, 4)):
+                contents[at] = rng.integers(0, 256)
+            path.write_bytes(contents[: rng.integers(1, 2 * len(contents))])
+            argv = [rng.choice(["curves", "compare"]), copy, "run"]
+            if rng.random() < 0.5:
+                argv = [rng.choice(["answer", "tokens", "explain", "curves", "compare"]),
+                        *rng.choice(words[:-1], rng.integers(0, 5))]
+            try:
+                with contextlib.redirect_stderr(io.StringIO()) as stderr:
+                    quiet(analyze.main, [str(word) for word in argv])
+            except SystemExit as stopped:
+                self.assertIn(stopped.code, (0, 2), (argv, stderr.getvalue()))
+            except Exception as error:
+                raise AssertionError(f"{argv}, {path}: {bytes(contents)}") from error
+            shutil.rmtree(copy)
+
+    def report(self):
+        spec = importlib.util.spec_from_file_location("report", HERE / "assets/results/report.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def test_report(self):
+        """The second time as the first; a section without its runs is left out and named."""
+        report = self.report()
+        for alpha, m in itertools.product((0, 3), report.MODELS):
+            for folder in "runs", "runs/small":
+                self.write_run(f"{folder}/exponent/alpha{alpha}_model{m}", float(alpha), f"m{m}",
+                               after=0.2 + alpha / 10)
+        Path("runs/README.md").write_text("# Results\n")
         for out in ("one", "two"):
-            quiet(analyze.main, ["report", "--runs", "runs", "--out", out])
+            quiet(report.main, ["--runs", "runs", "--out", out])
         same, *others = filecmp.cmpfiles("one", "two", os.listdir("one"), shallow=False)
-        self.assertEqual((others, len(same)), ([[], []], 3), "the second time as the first")
-        self.assertIn("+20.0 [-4.8, +44.8]", text_of("one/README.md"))
-        shutil.rmtree("runs/exponent/alpha3_model2")
-        self.fails(analyze.main, ["compare", "runs/exponent/*"], "m2")
-        os.remove("runs/exponent/alpha0_model0/accuracies.json")
-        for argv in ["compare", "runs/exponent/*"], ["report", "--runs", "runs", "--out", "one"]:
-            self.fails(analyze.main, argv, "alpha0_model0 is not a finished run")
+        self.assertEqual((others, sorted(same)), ([[], []], [
+            "README.md", "exponent.png", "learning.png", "wide.png"]))
+        text = text_of("one/README.md")
+        for part in ("# Results\n\n## Does weighting", "+30.0 [+30.0, +30.0], p = 0.002",
+                     "\n- And with half the coefficient? less/alpha0_half, less/alpha3_half\n",
+                     "--out assets/runs/exponent/alpha0_model$m --alpha 0\n", "## Twice the width"):
+            self.assertIn(part, text)
+
+    def test_report_at_equal_kl(self):
+        """KL 2 is halfway from 1 to 4: alpha 0 has 30 and 35 points there, alpha 3 2 and 4 more."""
+        report = self.report()
+        self.patch("analyze.title", lambda name, settings: name)
+        report.title = report.analyze.title
+        report.outcomes = lambda setting, name: dict(enumerate(setting[name == "kl"]))
+        text = report.at_equal_kl({"no penalty": [(50, 40), (4, 4)], "alpha 0": [(10, 30), (1, 1)],
+                                   "alpha 3": [(32, 39), (2, 2)]})  # 3 -+ 12.706
+        self.assertIn("| alpha 3 (2)      | +3.0 [-9.7, +15.7], p = 0.500 ", text)
 
 
 # ================================================================== not in the hand-out

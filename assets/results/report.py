@@ -16,29 +16,30 @@ sys.path.insert(0, str(ASSETS.parent))
 import analyze  # noqa: E402
 import ppo  # noqa: E402
 from analyze import by_setting, interval, outcomes, save_figure, table, title  # noqa: E402
-from pretrain import command_line  # noqa: E402
+from pretrain import run_script  # noqa: E402
 
 MODELS = range(10)
 ALPHAS = [f"exponent/alpha{alpha}" for alpha in (0, 1, 3, 10, 100, 1000)]
 LESS = ["less/alpha0_half", "less/alpha0_quarter", "less/alpha3_half", "less/none"]
 PLACES = [f"places/{name}" for name in "matched3 shuffled3 mask3 oracle matched100".split()]
-SECTIONS = [  # figure; question; what the others are compared with; settings
-    ("exponent", "Does weighting by certainty^alpha help?", "alpha 0", ALPHAS),
-    ("learning", "How fast is it learned?", "alpha 0",
-     ["exponent/alpha0", "exponent/alpha3", "exponent/alpha100", "less/none"]),
+SECTIONS = [  # figure; question; what others are compared with; settings it needs; more of them
+    ("exponent", "Does weighting by certainty^alpha help?", "alpha 0", [ALPHAS[0], ALPHAS[2]],
+     ALPHAS),
+    ("learning", "How fast is it learned?", "alpha 0", [ALPHAS[0], ALPHAS[2]],
+     ["exponent/alpha100", "less/none"]),
     ("less", "More than a smaller coefficient?", "alpha 3",
-     ["exponent/alpha3", "exponent/alpha0", "less/alpha0_half", "less/alpha0_quarter",
-      "less/none"]),
+     [ALPHAS[2], ALPHAS[0], "less/alpha0_half", "less/alpha0_quarter"], ["less/none"]),
     ("half", "And with half the coefficient?", "alpha 0, kl_coef 0.05",
-     ["less/alpha0_half", "less/alpha3_half"]),
+     ["less/alpha0_half", "less/alpha3_half"], []),
     ("places", "Does it matter where the penalty is small?", "alpha 3",
-     ["exponent/alpha3", "exponent/alpha0", *PLACES[:4]]),
-    ("places100", "And at alpha 100?", "alpha 100", ["exponent/alpha100", "places/matched100"]),
-    ("kl", "Is it how far the policy moves?", "alpha 0", [*ALPHAS, *LESS, *PLACES]),
-    ("high_lr", "And at a learning rate of 5e-4?", "alpha 0",
-     [f"high_lr/{name}" for name in ("alpha0", "alpha3", "alpha3_twice", "none")]),
-    ("longer", "And after 60 iterations?", "alpha 0",
-     [f"longer/{name}" for name in ("alpha0", "alpha3", "none")])]
+     [ALPHAS[2], *PLACES[:2]], [ALPHAS[0], *PLACES[2:4]]),
+    ("places100", "And at alpha 100?", "alpha 100", ["exponent/alpha100", "places/matched100"], []),
+    ("kl", "Is it how far the policy moves?", "alpha 0", [ALPHAS[0], ALPHAS[2], *LESS[:2], LESS[3]],
+     [*ALPHAS, *LESS, *PLACES]),
+    ("high_lr", "And at a learning rate of 5e-4?", "alpha 0", ["high_lr/alpha0", "high_lr/alpha3"],
+     ["high_lr/alpha3_twice", "high_lr/none"]),
+    ("longer", "And after 60 iterations?", "alpha 0", ["longer/alpha0", "longer/alpha3"],
+     ["longer/none"])]
 
 
 def load_whole(runs, names, left_out):
@@ -125,7 +126,7 @@ def pretrained(runs, out):
               for run in found]
     save_figure(analyze.draw_curves(by_setting(found), ["nk_varying", "n_identical", "loss"]), out,
                 "pretrained.png")
-    return ("## Where do the pre-trained models fail?\n\n" + analyze.tokens_text(tokens) +
+    return ("\n## Where do the pre-trained models fail?\n\n" + analyze.tokens_text(tokens) +
             f"\n% solved by each of them:\n\n{table(['model', *cells.values()], *solved)}\n\n"
             "![The pre-trained models learn](pretrained.png)\n")
 
@@ -153,23 +154,19 @@ def beside(runs, out):
         *rows) + "\n\n![The model twice as wide](wide.png)\n")
 
 
-@command_line("the same command starts over")
-def main(argv=None):
-    ap = argparse.ArgumentParser(description="assets/runs -> assets/results/README.md and figures")
-    ap.add_argument("--runs", type=Path, default=ASSETS / "runs", help="folder of the runs")
-    ap.add_argument("--out", type=Path, default=ASSETS / "results", help="folder for the report")
-    args = ap.parse_args(argv)
-    text, left_out = (args.runs / "README.md").read_text(encoding="utf-8") + "\n", []
+def report(args):
+    """Write the page and its figures."""
+    text, left_out = (args.runs / "README.md").read_text(encoding="utf-8"), []
     if all((args.runs / f"pretrained/n5_seed{m}/tokens.json").exists() for m in MODELS):
         text += pretrained(args.runs, args.out)
     else:
         left_out.append("where the pre-trained models fail")
-    for name, question, first, names in SECTIONS:
+    for name, question, first, needed, more in SECTIONS:
         missing = []
-        settings = load_whole(args.runs, names, missing)
+        settings = load_whole(args.runs, dict.fromkeys(needed + more), missing)
         if missing:
             left_out.append(f"{question} {', '.join(missing)}")
-        if first not in settings or len(settings) < 2:
+        if set(missing) & set(needed):
             continue
         draw = dict(learning=lambda: analyze.draw_curves(settings, ["nk_identical"], first),
                     kl=lambda: draw_kl(settings))
@@ -188,5 +185,12 @@ def main(argv=None):
     analyze.write_file(args.out / "README.md", lambda file: file.write(text.encode()))
 
 
+def main(argv=None):
+    ap = argparse.ArgumentParser(description="assets/runs -> assets/results/README.md and figures")
+    ap.add_argument("--runs", type=Path, default=ASSETS / "runs", help="folder of the runs")
+    ap.add_argument("--out", type=Path, default=ASSETS / "results", help="folder for the report")
+    return run_script(report, ap.parse_args(argv), "the same command starts over")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
