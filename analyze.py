@@ -833,8 +833,9 @@ def main(argv=None):
         if run != explain:
             add("--out", type=Path, default=Path("out/figures"), help="folder for what it writes")
     add = adders[answer]
-    add("words", nargs="+", metavar="model.pt [model.pt] problem",
+    add("words", nargs="+", metavar="word",
         help="one or two checkpoints (before and after fine-tuning), then a problem like 123456+70")
+    verbs.choices["answer"].usage = "analyze.py answer [options] model.pt [model.pt] 123456+70"
     add("--alpha", type=number(float, 0, 1e6), default=3.0, help="exponent of the weight shown")
     add = adders[tokens]
     add("checkpoint", help="a model.pt of pretrain.py or ppo.py")

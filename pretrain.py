@@ -246,6 +246,7 @@ class Run:
             print(f"{self.folder} is finished; --fresh starts over")
         elif self.files["state.pt"].exists():
             self.read("state.pt", self.load_state)
+            self.append_rows()  # none; cuts off those of after the state
             print(f"{self.folder} resumes after step {self.step}; --fresh starts over")
         else:
             self.write_json("settings.json", settings)
