@@ -76,7 +76,8 @@ def max_length(n_digits, task="add"):
 
 def is_complete(text):
     """True if the answer has ended: there is a line break after the line "</scratch>"."""
-    return "\n" in text.partition("</scratch>\n")[2]
+    tag = text.find("</scratch>\n")
+    return tag >= 0 and text.count("\n", tag) > 1
 
 
 def grade(text, a, b):

@@ -323,7 +323,7 @@ def train(args):
     print(" it" + "".join(f"{name:>11}" for name in SHOWN))
 
     # 3. Train.
-    measured = "N -, N+k -"
+    measured = ""
     bar = tqdm(range(run.step + 1, args.iterations + 1), desc="ppo", unit="it",
                initial=run.step + 1, total=args.iterations + 1, dynamic_ncols=True, leave=False)
     for iteration in bar:
@@ -342,9 +342,9 @@ def train(args):
             tqdm.write("    no answer was right: there is nothing to learn from here")
         if iteration % args.eval_every == 0 or iteration == args.iterations:
             row |= evaluate(policy, problems, old_problems)
-            measured = "N {n_identical:.0%}, N+k {nk_identical:.0%}".format_map(row)
-            tqdm.write("    greedy: N {n_identical:.0%}, N+k identical {nk_identical:.0%}, varying "
-                       "{nk_varying:.0%}".format_map(row))
+            measured = (f"two {n}-digit numbers {row['n_identical']:.0%}, "
+                        f"two {longest}-digit numbers {row['nk_identical']:.0%}")
+            tqdm.write(f"    greedy: {measured}, one or two {row['nk_varying']:.0%}")
         run.log(iteration, row, last=iteration == args.iterations)
         bar.set_postfix_str(measured)
 

@@ -62,7 +62,8 @@ def command(label, setting):
     defaults = vars(ppo.parse_args([]))
     options = [f"--{name} {value}".removesuffix(".0") for name, value in run.settings.items()
                if name != "checkpoint" and value != defaults.get(name, value)]
-    folder = "assets/runs/" + "/".join(run.folder.parts[-2:]).split("_model")[0]
+    parts = run.folder.parts  # ..., "runs", "small", "exponent", "alpha3_model0"
+    folder = "/".join(["assets", *parts[parts.index("runs"):]]).split("_model")[0]
     return " ".join(["python ppo.py --checkpoint $model --out", f"{folder}_model$m", *options])
 
 
@@ -160,7 +161,7 @@ def report(args):
     if all((args.runs / f"pretrained/n5_seed{m}/tokens.json").exists() for m in MODELS):
         text += pretrained(args.runs, args.out)
     else:
-        left_out.append("where the pre-trained models fail")
+        left_out.append("Where do the pre-trained models fail?")
     for name, question, first, needed, more in SECTIONS:
         missing = []
         settings = load_whole(args.runs, dict.fromkeys(needed + more), missing)
@@ -187,7 +188,7 @@ def report(args):
 
 def main(argv=None):
     ap = argparse.ArgumentParser(description="assets/runs -> assets/results/README.md and figures")
-    ap.add_argument("--runs", type=Path, default=ASSETS / "runs", help="folder of the runs")
+    ap.add_argument("--runs", type=Path, default=ASSETS / "runs/small", help="folder of the runs")
     ap.add_argument("--out", type=Path, default=ASSETS / "results", help="folder for the report")
     return run_script(report, ap.parse_args(argv), "the same command starts over")
 
