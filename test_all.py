@@ -30,7 +30,7 @@ import tempfile
 import time
 import traceback
 import unittest
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 from unittest import mock
 
@@ -351,7 +351,8 @@ def judge_sample(self):
     right=["lambda x: 1 - torch.special.entr(x.softmax(-1)).sum(-1) / math.log(x.shape[-1])"],
     slips={
         "uncertainty": ("1 - entropy", "entropy"),
-        "0 log 0": ("logp.exp() * logp", "logp.exp() * logp.exp().log()"),
+        "0 log 0": ("logp.masked_fill(p == 0, 0)", "p.log()"),
+        "0 times a logit of -inf": ("logp.masked_fill(p == 0, 0)", "logp"),
         "softmax over the positions": ("float(), -1", "float(), 1"),
         "sum over the positions": ("sum(-1)", "sum(1)"),
         "exp of the logits": ("F.log_softmax(ref_logits.float(), -1)",
@@ -366,7 +367,7 @@ def judge_certainty(self):
     self.check(kl.certainty, (logits,), [[0.125, 0, 0.3216102], [0.3216102, 0.125, 0.125]],
                "the softmax and the sum are over the last axis, the vocabulary")
     extreme = torch.tensor([[[0.0, -200, -200, -200], [-200, 0, 0, -200]]])
-    for given in extreme, extreme + 100:
+    for given in extreme, extreme + 100, extreme.masked_fill(extreme < 0, -math.inf):
         got, call = self.call(kl.certainty, given)
         self.assertFalse(got.isnan().any(), f"\n{call} is nan: 0 log 0 gives nan, but p log p is 0 "
                          "where p is 0; and exp(100) is infinite")
@@ -1234,6 +1235,38 @@ class Scripts(Case):
         for out in "file", "file/run", "x" * 300:
             for fresh in [], ["--fresh"]:
                 self.fails(pretrain.main, [*PRETRAIN, "--out", out, *fresh], out[:80])
+
+    def test_fuzz(self):
+        """Odd command lines, and runs whose files were damaged: a result or one line."""
+        rng = np.random.default_rng(0)
+        odd = ["0", "1", "2", "-1", "nan", "inf", "1e400", "", "x", "9" * 30, "p", "p/model.pt"]
+        tiny = {pretrain: PRETRAIN + ["--steps", "2", "--out", "q"], ppo: RL + ["--iterations", "1"]}
+        for i in range(1000 if SLOW else 40):
+            script = (pretrain, ppo)[i % 2]
+            names = sorted(vars(script.parse_args([])).keys() - {"fresh"})
+            changes = [f"--{name}={rng.choice(odd)}" for name in rng.choice(names, 2)]
+            self.ends_well(script.main, [*tiny[script], *changes, "--fresh"])
+        self.finished([*RL, "--fresh", "--out", "r"])
+        for _ in range(300 if SLOW else 10):
+            copy = shutil.copytree("r", "copy")
+            path = Path(copy, rng.choice(pretrain.Run.FILES))
+            contents = bytearray(path.read_bytes())
+            for at in rng.integers(0, len(contents), 3):
+                contents[at] = rng.integers(256)
+            path.write_bytes(contents[: rng.integers(1, 2 * len(contents))])
+            if rng.random() < 0.7:
+                os.remove("copy/accuracies.json")
+            self.ends_well(ppo.main, [*RL, "--out", "copy"])
+            shutil.rmtree(copy)
+
+    def ends_well(self, script, argv):
+        try:
+            code = quiet(script, argv)[0]
+        except SystemExit as stopped:
+            code = stopped.code
+        except Exception as error:
+            raise AssertionError(f"{script.__module__} {argv}") from error
+        self.assertIn(code, (0, 2), argv)
 
     def test_help(self):
         """Each script's --help has all its options; analyze.py alone names its verbs."""
