@@ -17,9 +17,13 @@ import glob
 import json
 import math
 import re
+import signal
 import sys
 from collections import namedtuple
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C ends the script quietly while PyTorch loads
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

@@ -9,10 +9,14 @@ B sequences, T actions, V vocabulary. Every (B, T) tensor is aligned to the acti
 import argparse
 import copy
 import functools
+import signal
 import sys
 import zlib
 from collections import defaultdict
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C ends the script quietly while PyTorch loads
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

@@ -3,19 +3,23 @@
 Writes model.pt and its logs to out/pretrain_n5_seed1. B sequences, T tokens, V vocabulary.
 """
 import argparse
-import contextlib
 import csv
+import ctypes
 import io
 import itertools
 import json
 import math
 import os
 import re
+import signal
 import sqlite3
 import sys
 import time
 import zlib
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C ends the script quietly while PyTorch loads
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -445,6 +449,13 @@ def stop(message):
     raise SystemExit(2)
 
 
+def keep_freed_memory():
+    """glibc keeps freed memory for the next tensors: new pages are a tenth of a step on a CPU."""
+    if sys.platform == "linux":  # M_MMAP_THRESHOLD: up to 1 GiB from the heap; M_TRIM_THRESHOLD
+        for option, value in (-3, 2**30), (-1, 2**31 - 1):
+            ctypes.CDLL(None).mallopt(option, value)
+
+
 def stop_at_open_exercise():
     """In a students' copy: say at once which exercise is open, not after minutes of training."""
     for module in list(sys.modules.values()):
@@ -461,6 +472,9 @@ def run_script(function, args, hint):
 
     hint: how to go on after an interrupt (Ctrl-C).
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # PyTorch has loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    keep_freed_memory()
     try:
         stop_at_open_exercise()
         function(args)

@@ -1159,6 +1159,12 @@ class Scripts(Case):
             code, printed = quiet(ppo.main, [*RL, "--fresh"])
         self.assertEqual(code, 130)
         self.assertRegex(printed, r"interrupted; the same command, without --fresh, goes on")
+        for script in "pretrain.py", "ppo.py", "analyze.py":  # while it imports, or just after
+            process = subprocess.Popen([sys.executable, script, "curves"], cwd=HERE,
+                                       stderr=subprocess.PIPE, text=True)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            self.assertNotIn("Traceback", process.communicate()[1])
         reader, pipe = os.pipe()
         os.close(reader)
         code = "import sys, pretrain; sys.exit(pretrain.run_script(print, 'text', ''))"
@@ -1240,7 +1246,8 @@ class Scripts(Case):
         """Odd command lines, and runs whose files were damaged: a result or one line."""
         rng = np.random.default_rng(0)
         odd = ["0", "1", "2", "-1", "nan", "inf", "1e400", "", "x", "9" * 30, "p", "p/model.pt"]
-        tiny = {pretrain: PRETRAIN + ["--steps", "2", "--out", "q"], ppo: RL + ["--iterations", "1"]}
+        tiny = {pretrain: [*PRETRAIN, "--steps", "2", "--out", "q"],
+                ppo: [*RL, "--iterations", "1"]}
         for i in range(1000 if SLOW else 40):
             script = (pretrain, ppo)[i % 2]
             names = sorted(vars(script.parse_args([])).keys() - {"fresh"})
