@@ -6,8 +6,8 @@
     python analyze.py curves out/ppo_*            learning curves
     python analyze.py compare out/ppo_*           what was learned and kept, paired by model
 
-Runs that differ only in their pre-trained model or seed make one setting. Its figures are means
-over the pre-trained models, with 95% intervals.
+Runs that differ only in their pre-trained model, seed or evaluations make one setting. Its figures
+are means over the pre-trained models, with 95% intervals.
 """
 import argparse
 import copy
@@ -106,7 +106,7 @@ def paired_differences(values, first):
 Run = namedtuple("Run", "folder settings log accuracies")
 PENALTY = {"alpha", "kl_coef", "kl_weight"}
 AGAIN = "the run's own command with --fresh makes it again"
-NO_EFFECT = {"eval_every", "eval_problems", "final_problems", "checkpoint", "seed", "pretrained"}
+POOLED = {"eval_every", "eval_problems", "final_problems", "checkpoint", "seed", "pretrained"}
 
 
 def parse_settings(path):
@@ -191,10 +191,10 @@ def penalty_in_words(settings):
 def by_setting(runs):
     """-> {setting in words: {pre-trained model: [the run of each seed]}}.
 
-    The words are the penalty and all other settings with an effect in which the runs differ. Order:
-    by alpha, then from the largest coefficient down; controls, and last no penalty.
+    The words are the penalty and all other settings in which the runs differ, but for those of
+    POOLED. Order: by alpha, then from the largest coefficient down; controls, and last no penalty.
     """
-    others = sorted({name for run in runs for name in run.settings} - PENALTY - NO_EFFECT)
+    others = sorted({name for run in runs for name in run.settings} - PENALTY - POOLED)
     varying = [name for name in others if len({str(run.settings.get(name)) for run in runs}) > 1]
 
     def in_words(run):
@@ -629,7 +629,8 @@ def explain_text(batch, pairs, alpha, kl_coef):
     lines = [text, f"reward {batch['success'][i]:.0f} ({data.describe_error(text, a, b)}); mean "
              f"reward of {len(pairs)} answers {batch['success'].mean():.2f}", "",
              "*: a critical token or copied digit. J: certainty of the reference. A: advantage, "
-             "normalized.", "loss = -A + kl_coef * weight * k2. Not shown: J > 0.9 and k2 < 0.02.",
+             "normalized.", "loss = -A + kl_coef * weight * k2. Shown: J <= 0.9 or k2 >= 0.02, and "
+             "all with *.",
              "", f"{'  place':<19} token" + "".join(f"{name:>9}" for name in columns)]
     error = data.first_error(text, a, b)
     for t in batch["mask"][i].nonzero()[:, 0].tolist():  # action t is character t + 1
@@ -806,7 +807,7 @@ def compare(args):
     print(f"\n{text}\n")
     if n_models == 1:
         print("One model cannot show which setting is better: from another model it may end the "
-              "other way round.\nThe group next to you has another of the ten; compare takes the "
+              "other way round.\nThe group next to you may have another model; compare takes the "
               "folders of all groups at once.\n(The picture's points are of --eval_problems "
               "problems each, the table's figures of --final_problems.)")
     else:

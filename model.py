@@ -162,7 +162,7 @@ def slices(rows, lengths):
     """Cut rows (indices) into slices of like length: yields (rows of the slice, T).
 
     The first T tokens hold the slice's texts. A slice has as many rows as fit a CPU's cache or a
-    GPU's memory. T is a multiple of 32: few shapes.
+    GPU's memory. T is a multiple of 32, so that few different shapes occur.
     """
     size = 8 if rows.device.type == "cpu" else 64
     by_length = rows[lengths[rows].argsort(stable=True)]
@@ -232,11 +232,12 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
 
 # ------------------------------------------------------------------ a model answers problems
 def read_ahead(model, pairs, temperature, generator):
-    """The first part of the model's answers, in one pass instead of many -> lists of ids.
+    """The first part of the model's answers, in one pass instead of many -> lists of ids: prompt
+    and answer up to and with the first wrong token or, without one, to the end.
 
     The model reads the right answers and chooses a token after each of their tokens. Up to its
     first wrong choice it has read what it would have written itself. So the right choices before
-    that one, and that one, are its own (up to rounding). An answer without a wrong one is complete.
+    that one, and that one, are its own (up to rounding).
     """
     ids, prompt_len, lengths = to_batch(pairs, model.lm_head.weight.device)
     _, right, mask = split_actions(ids, prompt_len, lengths)  # (B, T-1)
@@ -244,7 +245,8 @@ def read_ahead(model, pairs, temperature, generator):
     chosen = sample(logits, temperature, generator)[:, :-1]
     written = torch.where(mask > 0, chosen, right)  # prompt and padding are given
     n_right = (written == right).cumprod(1).sum(1)  # actions before the first wrong choice
-    n_known = torch.minimum(1 + n_right + 1, lengths)  # token 0, these, and the wrong choice
+    n_known = 1 + n_right + 1  # token 0, these, and the wrong choice
+    n_known = torch.minimum(n_known, lengths)  # padding is never wrong: cut it off
     known = torch.cat([ids[:, :1], written], 1)  # action t is token t + 1
     return [row[:n] for row, n in zip(known.tolist(), n_known.tolist())]
 

@@ -116,7 +116,7 @@ def masked_mean(x, mask):
 
 
 def normalize(advantages, mask):
-    """Mean 0 and standard deviation 1 over the mask."""
+    """Mean 0 and standard deviation 1 over the mask; less, if that was below 0.1."""
     mean = masked_mean(advantages, mask)
     std = masked_mean((advantages - mean) ** 2, mask).sqrt()
     return (advantages - mean) / std.clamp(min=0.1)  # if all answers are right, do not learn noise
@@ -154,7 +154,7 @@ def rollout(policy, value_head, reference, pairs, n_digits, args, generator):
     ids, lengths = generate(policy, prompts, policy.config.block_size, args.temperature, generator)
     prompt_len = torch.tensor([len(p) for p in prompts], device=ids.device)
     states, actions, mask = split_actions(ids, prompt_len, lengths)
-    n_actions = lengths - 1  # action i is token i + 1
+    n_actions = lengths - 1  # of a row without its padding; action i is token i + 1
 
     # 2. Grade them. The reward comes with the last action.
     texts = [data.decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
@@ -164,9 +164,9 @@ def rollout(policy, value_head, reference, pairs, n_digits, args, generator):
     rewards[torch.arange(len(pairs), device=ids.device), n_actions - 1] = success
 
     # 3. Score each action under the reference and the policy, both at the sampling temperature.
-    # The policy is read again, as the update will read it: `generate` does not keep its logits,
-    # and always computes in float32, where reading and training use bfloat16 if the hardware can.
-    # The ratio new / old is 1 at first only if both are read alike.
+    # The policy is read again: `generate` keeps no graph and no hidden states, which the critic
+    # needs, and it computes in float32, where the update uses bfloat16 if the hardware can. The
+    # ratio new / old is 1 at first only if both are read alike.
     ref_logits, _ = read(reference, states, n_actions, args.temperature)  # (B, T, V)
     logits, hidden = read(policy, states, n_actions, args.temperature)
     values = value_head(hidden)
@@ -174,7 +174,7 @@ def rollout(policy, value_head, reference, pairs, n_digits, args, generator):
 
     # 4. The weight of each token's penalty.
     J = certainty(ref_logits)
-    weight = J**args.alpha  # eq. 1
+    weight = J**args.alpha  # the factor in eq. 1
     if args.kl_weight != "certainty":
         critical = known_critical(texts, pairs, n_digits, mask)
         weight = control_weight(args.kl_weight, weight, J, critical, mask, generator)
@@ -216,7 +216,7 @@ def update(policy, value_head, optimizer, batch, args, generator, when="this upd
                 # chose these, so each counts pi / pi_old times.
                 penalty = ratio * prioritized_kl(new_logp, part["ref_logp"], part["weight"])
                 entropy = -(all_logp.exp() * all_logp).sum(-1)
-                # Detached: the critic's guesses, 400 tokens ahead, would disturb the policy.
+                # Detached: the gradient of the critic's loss would disturb the policy.
                 value_loss = (value_head(hidden.detach()) - part["returns"]) ** 2 / 2
                 loss = policy_loss + masked_mean(
                     args.kl_coef * penalty - args.entropy_coef * entropy + value_loss, part["mask"])
@@ -372,7 +372,10 @@ def main(argv=None):
 
 # ------------------------------------------------------------------ controls of the weight
 def control_weight(kind, weight, J, critical, mask, generator):
-    """What a control puts in place of the weight. All (B, T); does it matter where it is small?"""
+    """Another weight (B, T), to test whether it matters *where* the penalty is small.
+
+    weight, J (the certainty), critical (of known_critical) and mask are (B, T), too.
+    """
     if kind == "matched":  # the mean weight, everywhere
         return masked_mean(weight, mask).expand_as(mask)
     if kind == "shuffled":  # the same weights, at other answer tokens

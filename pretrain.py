@@ -226,7 +226,7 @@ RESUMES = "the same command, without --fresh, goes on from where it last saved"
 
 
 class Run:
-    """A run's folder: settings.json, log.csv, state.pt and, when finished, accuracies.json.
+    """A run's folder: settings.json, log.csv, state.pt; when finished, model.pt, accuracies.json.
 
     The same command resumes from state.pt: what it holds is loaded into `parts`, modules and
     optimizers by name. On a CPU a resumed run ends with the weights of one that never stopped.
@@ -237,7 +237,7 @@ class Run:
     lock = None  # on the folder of the run that this process is making
 
     def __init__(self, folder, settings, columns, fresh, parts, first=1):
-        """columns: of log.csv, to which "seconds" is added; first: the number of its first row."""
+        """columns: of log.csv, without "seconds", which is added; first: its first row's number."""
         self.settings, self.columns, self.parts = settings, [*columns, "seconds"], parts
         self.folder = Path(folder)
         self.files = {name: self.folder / name for name in self.FILES}
@@ -254,7 +254,7 @@ class Run:
             print(f"{self.folder} is finished; --fresh starts over")
         elif self.files["state.pt"].exists():
             self.read("state.pt", self.load_state)
-            self.append_rows()  # none; cuts off those of after the state
+            self.append_rows()  # adds none; removes rows that were logged after the saved state
             print(f"{self.folder} resumes after step {self.step}; --fresh starts over")
         else:
             self.write_json("settings.json", settings)
@@ -291,7 +291,7 @@ class Run:
     def check_settings(self, others):
         """OSError if a run with other settings is in the folder."""
         for name, value in self.settings.items():
-            if others.get(name) != value and name != "checkpoint":  # its place, not its contents
+            if others.get(name) != value and name != "checkpoint":  # it may have moved
                 raise OSError(f"{self.folder} holds a run with {name} {others.get(name)}, not "
                               f"{value}; choose another --out, or --fresh to start over there")
 
@@ -324,7 +324,7 @@ class Run:
 
     def log(self, step, row, last):
         """Add a row {column: value} to log.csv. With the last row, or after 30 seconds, save the
-        state, too. What cannot be written, is written with the next row, unless this is the last.
+        state, too. If writing fails, the next row tries again; after the last row it is an OSError.
         """
         row = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
         lines = io.StringIO()
@@ -345,7 +345,7 @@ class Run:
     def append_rows(self):
         try:
             with open(self.files["log.csv"], "ab") as file:
-                file.truncate(self.log_size)  # a row that was cut off, or is of after the state
+                file.truncate(self.log_size)  # removes half a row, and rows after the saved state
                 file.write(self.new_rows.encode())
                 file.flush()
                 os.fsync(file.fileno())
