@@ -105,7 +105,7 @@ def paired_differences(values, first):
 # ------------------------------------------------------------------ runs and settings
 Run = namedtuple("Run", "folder settings log accuracies")
 PENALTY = {"alpha", "kl_coef", "kl_weight"}
-AGAIN = "the run's own command with --fresh makes it again"
+AGAIN = "make the run again, with --fresh or another --out"
 POOLED = {"eval_every", "eval_problems", "final_problems", "checkpoint", "seed", "pretrained"}
 
 

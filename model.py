@@ -367,7 +367,7 @@ def load_checkpoint(path, device):
         check(is_whole(facts["seed"], 0, 2**32 - 1) and type(facts["preset"]) is str, "its seed")
         accuracies = facts["accuracies"]
         check(type(accuracies) is dict and all(
-            type(name) is str and type(x) in (int, float) and 0 <= x <= 1
+            name.isascii() and name.isprintable() and type(x) in (int, float) and 0 <= x <= 1
             for name, x in accuracies.items()), "its accuracies")
         model = GPT(config)
         model.load_state_dict(weights)

@@ -9,6 +9,7 @@ B sequences, T actions, V vocabulary. Every (B, T) tensor is aligned to the acti
 import argparse
 import copy
 import functools
+import os
 import signal
 import sys
 import zlib
@@ -68,7 +69,7 @@ def parse_args(argv):
         help="of sampling, certainty, loss and KL")
     add = ap.add_argument_group("evaluation").add_argument
     add("--eval_every", type=many, default=5, help="iterations between evaluations")
-    add("--eval_problems", type=number(int, 1, 10**5), default=64,
+    add("--eval_problems", type=number(int, 1, 500), default=64,
         help="held-out problems for each")
     add("--final_problems", type=number(int, 1, 10**5), default=250,
         help="held-out problems for each final accuracy")
@@ -301,7 +302,7 @@ def train(args):
     check_memory(4 * n_floats * n_tokens * args.episodes, device, "--episodes")
     pretrained = pretrained_name(reference, facts)
     folder = folder_of(args, parse_args([]), f"ppo_{pretrained}_alpha{args.alpha}", ["alpha"])
-    if Path(folder).resolve() == Path(args.checkpoint).resolve().parent:
+    if os.path.realpath(folder) == os.path.dirname(os.path.realpath(args.checkpoint)):
         stop(f"--out {folder} holds the checkpoint in use; choose another --out")
     policy = copy.deepcopy(reference).requires_grad_(True)
     value_head = ValueHead(policy.config.n_embd, torch.Generator().manual_seed(args.seed))

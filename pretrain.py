@@ -242,13 +242,11 @@ class Run:
         self.folder = Path(folder)
         self.files = {name: self.folder / name for name in self.FILES}
         self.step, self.earlier = first - 1, 0.0  # done so far; seconds of interrupted runs
-        self.log_size, self.new_rows = 0, ""  # bytes of log.csv on disk; rows that are not yet
+        self.rows, self.log_size = bytearray(), 0  # all of log.csv; how much of it is on disk
         self.started = self.saved = time.monotonic()
         self.lock_folder()
-        if fresh:
-            self.start_over()
-        if self.files["settings.json"].exists():
-            self.check_settings(self.read("settings.json", read_json))
+        if any(path.exists() for path in self.files.values()):
+            self.look_at_earlier_run(fresh)
         self.finished = self.is_finished()
         if self.finished:
             print(f"{self.folder} is finished; --fresh starts over")
@@ -273,20 +271,17 @@ class Run:
             reason = "a run is going on there; wait, or stop it, and the same command resumes"
         raise OSError(f"cannot use the folder {self.folder} ({reason}), or choose another --out")
 
-    def start_over(self):
-        """--fresh: remove an earlier run, if its options are those of this script, and say so."""
-        found = [path for path in self.files.values() if path.exists()]
-        try:
-            others = read_file(self.files["settings.json"], read_json, "")
-        except OSError:  # damaged or missing
-            others = self.settings if self.files["settings.json"].exists() else {}
-        if found and others.keys() != self.settings.keys():
-            raise OSError(f"{self.folder} holds files, but no run like this one; --fresh leaves "
-                          "them alone, choose another --out")
-        if found:
-            print(f"--fresh removes the run in {self.folder}")
-        for path in found:
-            path.unlink()
+    def look_at_earlier_run(self, fresh):
+        """OSError if the folder holds anything but a run of this script. --fresh removes that."""
+        elsewhere = "there is no run of this script; choose another --out"
+        earlier = read_file(self.files["settings.json"], read_json, elsewhere)
+        if earlier.keys() != self.settings.keys():
+            raise OSError(f"{self.folder} holds another kind of run; choose another --out")
+        if not fresh:
+            return self.check_settings(earlier)
+        print(f"--fresh removes the run in {self.folder}")
+        for path in reversed(self.files.values()):  # settings.json last
+            path.unlink(missing_ok=True)
 
     def check_settings(self, others):
         """OSError if a run with other settings is in the folder."""
@@ -297,20 +292,29 @@ class Run:
 
     def is_finished(self):
         try:
-            results = self.read("accuracies.json", read_json)
-        except OSError:  # missing, or damaged by a power cut: it is measured again
+            settings = self.read("accuracies.json", read_json).get("settings")
+            self.read("model.pt", load)
+        except OSError:  # one is missing, or was damaged by a power cut: it is made again
             return False
-        self.check_settings(results.get("settings", {}))
-        return self.files["model.pt"].exists()
+        if not isinstance(settings, dict):
+            return False
+        self.check_settings(settings)
+        return True
 
     def load_state(self, path):
         state = load(path)
         self.check_settings(state["settings"])
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        self.step, self.log_size, self.earlier = state["step"], state["log_size"], state["seconds"]
-        if self.files["log.csv"].stat().st_size < self.log_size:
-            raise ValueError("log.csv has lost rows")
+            if isinstance(part, torch.nn.Module) and not all(
+                    p.isfinite().all() for p in part.parameters()):
+                raise ValueError(f"a weight of {name} is not finite")
+        self.step, self.earlier, n_bytes = state["step"], float(state["seconds"]), state["log_size"]
+        log = self.files["log.csv"]
+        self.rows += log.read_bytes()[:n_bytes] if log.exists() else b""
+        if type(self.step) is not int or zlib.crc32(self.rows) != state["log_crc"]:
+            raise ValueError("log.csv has changed since, or is gone")
+        self.log_size = n_bytes
 
     def read(self, name, parse):
         return read_file(self.files[name], parse, "the same command with --fresh starts over")
@@ -329,10 +333,10 @@ class Run:
         row = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
         lines = io.StringIO()
         writer = csv.DictWriter(lines, self.columns, lineterminator="\n")
-        if not self.log_size and not self.new_rows:
+        if not self.rows:
             writer.writeheader()
         writer.writerow(row | dict(seconds=f"{self.seconds():.1f}"))
-        self.new_rows += lines.getvalue()
+        self.rows += lines.getvalue().encode()
         try:
             self.append_rows()
             if last or time.monotonic() - self.saved >= 30:
@@ -345,18 +349,19 @@ class Run:
     def append_rows(self):
         try:
             with open(self.files["log.csv"], "ab") as file:
-                file.truncate(self.log_size)  # removes half a row, and rows after the saved state
-                file.write(self.new_rows.encode())
+                keep = min(file.seek(0, os.SEEK_END), self.log_size)
+                file.truncate(keep)  # without half a row, and rows after the saved state
+                file.write(self.rows[keep:])
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise OSError(f"cannot write {self.files['log.csv']} ({error.strerror})") from None
-        self.log_size, self.new_rows = self.log_size + len(self.new_rows.encode()), ""
+        self.log_size = len(self.rows)
 
     def save_state(self, step):
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        state = dict(states, settings=self.settings, step=step, log_size=self.log_size,
-                     seconds=self.seconds())
+        state = dict(states, settings=self.settings, step=step, seconds=self.seconds(),
+                     log_size=self.log_size, log_crc=zlib.crc32(self.rows))
         write_file(self.files["state.pt"], lambda file: torch.save(state, file))
         self.saved = time.monotonic()
 
@@ -383,6 +388,8 @@ def folder_of(args, defaults, prefix, named):
     named: settings that the prefix tells. A name of more than 76 characters ends in a checksum of
     all of it instead, so that no two settings share a folder.
     """
+    if not args.out:
+        stop("--out is empty; name a folder")
     if args.out != "auto":
         return args.out
     changed = [f"{name}{value}" for name, value in settings_of(args).items()
@@ -487,6 +494,10 @@ def run_script(function, args, hint):
         return 141
     except OSError as error:
         stop(error)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise  # a fault of ours
+        stop("there is not enough memory for these sizes; give smaller ones")
     finally:
         if Run.lock:  # a notebook's process goes on
             Run.lock.close()

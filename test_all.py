@@ -1047,7 +1047,7 @@ class Scripts(Case):
         """Before each renaming, so also between log.csv and state.pt, and between model.pt and
         accuracies.json; and at random moments."""
         def results(folder):
-            states = [model.load(f"{folder}/{name}.pt") | dict(seconds=0, log_size=0)
+            states = [model.load(f"{folder}/{name}.pt") | dict(seconds=0, log_size=0, log_crc=0)
                       for name in ("p/state", "p/model", "r/state", "r/model")]
             return every_number([states, [[read_log(f"{folder}/{name}"), text_of(
                 folder, name, "accuracies.json")] for name in "pr"]])
@@ -1077,8 +1077,6 @@ class Scripts(Case):
         for name in "accuracies.json", "model.pt":  # lost in a power cut: it is measured again
             for lose in os.remove, lambda path: os.truncate(path, 0):
                 lose(f"r/{name}")
-                if os.path.exists("r/model.pt") and name == "model.pt":
-                    continue  # an empty model.pt is found where it is read
                 self.assertRegex(self.finished()[2], r"resum\w+ after step 3")
         for seed, same in (("0", True), ("1", False)):
             torch.seed()  # whatever the global generator holds
@@ -1104,9 +1102,15 @@ class Scripts(Case):
         torch.save(state | dict(settings=state["settings"] | dict(seed=1)), "r/state.pt")
         self.fails(ppo.main, RL, "seed 1, not 0")
         os.remove("r/settings.json")
-        self.fails(ppo.main, [*RL, "--fresh"], "choose another --out")
-        self.assertTrue(os.path.exists("r/model.pt"), "--fresh leaves what is no run")
-        self.fails(pretrain.main, [*PRETRAIN, "--fresh"], "p holds files, but no run like this one")
+        Path("r/log.csv").write_text("mine")
+        for contents in None, "// mine", "{}":  # no run, or another kind: nothing is touched
+            if contents:
+                Path("r/settings.json").write_text(contents)
+            for fresh in [], ["--fresh"]:
+                self.fails(ppo.main, RL + fresh, "choose another --out")
+        self.assertEqual((text_of("r/log.csv"), os.path.exists("r/model.pt")), ("mine", True))
+        self.fails(pretrain.main, [*PRETRAIN, "--fresh"], "no run of this script; choose another")
+        self.fails(pretrain.main, [*PRETRAIN, "--out", ""], "--out is empty")
         self.fails(ppo.main, [*RL, "--out", "p", "--fresh"], "holds the checkpoint in use")
 
     def test_damaged_files_of_a_run(self):
@@ -1117,17 +1121,24 @@ class Scripts(Case):
             self.finished()  # a finished run does not need its state
             os.remove("r/accuracies.json")
             self.fails(ppo.main, RL, os.path.join("r", "state.pt"))
-            good = text_of("r/settings.json")
-            Path("r/settings.json").write_bytes(contents)
-            self.fails(ppo.main, RL, "settings.json")
             self.assertEqual(self.finished([*RL, "--fresh"])[1], results)
+        for settings in [], 5, None:
+            Path("r/accuracies.json").write_text(json.dumps(dict(settings=settings)))
+            self.assertEqual(self.finished()[1], results)
         whole = model.load("r/state.pt")
         os.remove("r/accuracies.json")
         critic = dict(value_head=ppo.ValueHead(8).state_dict())
-        for other in [], dict(step=1), whole | critic, whole | dict(log_size=10**6):
+        nan = {name: x * math.nan for name, x in whole["policy"].items()}
+        for other in ([], dict(step=1), whole | critic, whole | dict(log_size=20), whole | dict(
+                step="x"), whole | dict(seconds="x"), whole | dict(policy=nan)):
             torch.save(other, "r/state.pt")
             self.fails(ppo.main, RL, "--fresh starts over")
         torch.save(whole, "r/state.pt")
+        log = Path("r/log.csv").read_bytes()
+        for changed in log[:-9], log.replace(b"\n", b"\r\n"):  # cut; saved by a spreadsheet
+            Path("r/log.csv").write_bytes(changed)
+            self.fails(ppo.main, RL, "log.csv has changed since, or is gone")
+        Path("r/log.csv").write_bytes(log)
         with open("r/log.csv", "a") as file:
             file.write("4,0.12")  # half a row of after the last state
         self.assertEqual(self.finished()[1], results)
@@ -1153,6 +1164,16 @@ class Scripts(Case):
                     self.assertEqual([x for x in os.listdir("r") if x.endswith(".part")], [])
                     model.load("r/state.pt")  # is whole
             self.assertEqual(self.finished()[:2], expected)
+
+    def test_a_log_that_is_removed_meanwhile(self):
+        expected, watch = self.finished()[:2], ppo.watch_critical
+
+        def remove(*args):
+            if os.path.exists("r/log.csv"):
+                os.remove("r/log.csv")
+            return watch(*args)
+        with mock.patch("ppo.watch_critical", remove):
+            self.assertEqual(self.finished([*RL, "--fresh"])[:2], expected)
 
     def test_interrupts_and_pipes(self):
         with mock.patch("ppo.update", side_effect=KeyboardInterrupt):
