@@ -301,7 +301,8 @@ def train(args):
     n_floats = 2 * reference.config.n_layer * reference.config.n_embd + len(data.VOCAB)
     check_memory(4 * n_floats * n_tokens * args.episodes, device, "--episodes")
     pretrained = pretrained_name(reference, facts)
-    folder = folder_of(args, parse_args([]), f"ppo_{pretrained}_alpha{args.alpha}", ["alpha"])
+    prefix = f"ppo_{pretrained}_alpha{args.alpha}".removesuffix(".0")
+    folder = folder_of(args, parse_args([]), prefix, ["alpha"])
     if os.path.realpath(folder) == os.path.dirname(os.path.realpath(args.checkpoint)):
         stop(f"--out {folder} holds the checkpoint in use; choose another --out")
     policy = copy.deepcopy(reference).requires_grad_(True)
