@@ -320,10 +320,11 @@ def write_file(path, write):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError on a full disk
-        if os.path.isfile(part):
-            os.remove(part)
         reason = getattr(error, "strerror", None) or "the disk may be full"
         raise OSError(f"cannot write {path} ({reason})") from None
+    finally:
+        if os.path.isfile(part):  # it was not finished
+            os.remove(part)
 
 
 def load(path):

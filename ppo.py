@@ -8,7 +8,6 @@ B sequences, T actions, V vocabulary. Every (B, T) tensor is aligned to the acti
 """
 import argparse
 import copy
-import functools
 import os
 import signal
 import sys
@@ -29,14 +28,13 @@ import data
 from kl import certainty, prioritized_kl
 from model import (accuracy_table, autocast, generate, load_checkpoint, read, save_checkpoint,
                    slices, solve, split_actions, to_batch, token_logp)
-from pretrain import (RESUMES, Run, add_run_options, answer_loss, check_finite, check_memory,
-                      folder_of, number, print_table, run_script, settings_of, stop)
+from pretrain import (Run, add_run_options, answer_loss, check_finite, check_memory, folder_of,
+                      number, print_table, run_script, settings_of, stop)
 
 SHIPPED = Path(__file__).resolve().parent / "assets/pretrained/n5_seed0.pt"
 LOG = ("iteration episodes success kl penalty entropy clip_fraction value_loss weight grad_norm "
        "p_critical p_copied p_l1o1 p_l1o2 p_l2o1 p_l2o2 p_l3o1 p_l3o2 n_identical nk_identical "
        "nk_varying n_nats").split()  # columns of log.csv
-SHOWN = "success kl penalty entropy value_loss weight p_critical p_copied".split()  # and printed
 
 
 # ------------------------------------------------------------------ settings
@@ -268,16 +266,17 @@ def watch_critical(model, pairs, n_digits, temperature):
     return {name: np.mean(x) for name, x in found.items()}
 
 
-@torch.no_grad()
-def evaluate(policy, problems, old_problems):
-    """Greedy accuracies on held-out problems {name: pairs}, and n_nats, the cross-entropy on right
-    answers of 1..N digits: forgetting shows there first.
+def final_accuracies(policy, facts, args):
+    """The accuracies of model.accuracy_table and, as the paper's code evaluates, those of sampled
+    answers to held-out problems like those of training -> {cell: share}, {cell: problems}.
     """
-    correct, _ = solve(policy, [pair for pairs in problems.values() for pair in pairs])
-    ends = np.cumsum([len(pairs) for pairs in problems.values()])
-    row = {name: x.mean() for name, x in zip(problems, np.split(correct, ends))}
-    loss = answer_loss(policy, *to_batch(old_problems, policy.lm_head.weight.device))
-    return row | dict(n_nats=loss.item())
+    n, k, task = facts["digits"], args.extra_digits, facts["task"]
+    accuracies, counts = accuracy_table(policy, (n, n + k), args.final_problems, task)
+    problems = data.sample_problems(args.final_problems, n, "rl", 1, task, k)
+    correct, _ = solve(policy, problems, args.temperature)
+    accuracies["sampled, training mix"] = float(correct.mean())
+    counts["sampled, training mix"] = len(problems)
+    return accuracies, counts
 
 
 # ------------------------------------------------------------------ training
@@ -317,19 +316,21 @@ def train(args):
     if run.finished:
         return
 
-    # 2. Held-out problems for the evaluations.
-    some = functools.partial(data.sample_problems, args.eval_problems, seed=2, task=task)
-    problems = dict(n_identical=some(n, "identical"), nk_identical=some(longest, "identical"),
-                    nk_varying=some(longest, "varying"))
-    old_problems = some(n, "train")
-    critical_problems = some(n, "rl", extra_digits=args.extra_digits)
+    # 2. What is measured, on held-out problems, and what is printed of it.
+    old_batch = to_batch(data.sample_problems(args.eval_problems, n, "train", 2, task), device)
+    critical_problems = data.sample_problems(args.eval_problems, n, "rl", 2, task,
+                                             args.extra_digits)
+    cells = dict(n_identical=f"identical {n}", nk_identical=f"identical {longest}",
+                 nk_varying=f"varying {longest}")  # log.csv's names for the table's cells
+    shown = dict(success=("success", ".1%"), nk_identical=(f"two {longest}-digit", ".1%"),
+                 n_identical=(f"two {n}-digit", ".1%"), p_critical=("P(critical)", ".1%"),
+                 weight=("weight", ".3f"), kl=("KL", ".4f"))
     print_table(facts["accuracies"], "before")
     print(f"\nPPO on {longest} digits: alpha {args.alpha:g}, kl_coef {args.kl_coef:g}, "
           f"{args.iterations} iterations of {args.episodes} episodes, on {device}")
-    print(" it" + "".join(f"{name:>11}" for name in SHOWN))
+    print(" it" + "".join(f"{title:>13}" for title, _ in shown.values()))
 
     # 3. Train.
-    measured = ""
     bar = tqdm(range(run.step + 1, args.iterations + 1), desc="ppo", unit="it",
                initial=run.step + 1, total=args.iterations + 1, dynamic_ncols=True, leave=False)
     for iteration in bar:
@@ -342,24 +343,28 @@ def train(args):
             row["success"] = batch["success"].mean().item()
         row |= watch_critical(policy, critical_problems, n, args.temperature)
         check_finite(f"iteration {iteration}", dict(p_critical=row["p_critical"]))
-        cells = [f"{row[name]:11.4f}" if name in row else f"{'-':>11}" for name in SHOWN]
-        tqdm.write(f"{iteration:3d}" + "".join(cells))
+        if iteration == args.iterations:
+            accuracies, counts = final_accuracies(policy, facts, args)
+        elif iteration == 0:
+            accuracies = facts["accuracies"]
+        elif iteration % args.eval_every == 0:
+            accuracies, _ = accuracy_table(policy, (n, longest), args.eval_problems, task)
+        else:
+            accuracies = {}
+        if accuracies:
+            row |= {name: accuracies.get(cell) for name, cell in cells.items()}
+            with torch.no_grad():  # of right answers of 1..N digits: forgetting shows there first
+                row["n_nats"] = answer_loss(policy, *old_batch).item()
+        values = [(row.get(name), form) for name, (_, form) in shown.items()]
+        tqdm.write(f"{iteration:3d}" + "".join(
+            f"{'-' if x is None else format(x, form):>13}" for x, form in values))
         if row.get("success") == 0:
             tqdm.write("    no answer was right: there is nothing to learn from here")
-        if iteration % args.eval_every == 0 or iteration == args.iterations:
-            row |= evaluate(policy, problems, old_problems)
-            measured = (f"two {n}-digit numbers {row['n_identical']:.0%}, "
-                        f"two {longest}-digit numbers {row['nk_identical']:.0%}")
-            tqdm.write(f"    greedy: {measured}, one or two {row['nk_varying']:.0%}")
         run.log(iteration, row, last=iteration == args.iterations)
-        bar.set_postfix_str(measured)
 
-    # 4. Measure and save.
-    accuracies, counts = accuracy_table(policy, (n, longest), args.final_problems, task)
-    sampled = data.sample_problems(args.final_problems, n, "rl", 1, task, args.extra_digits)
-    accuracies["sampled, training mix"] = float(
-        solve(policy, sampled, args.temperature)[0].mean())
-    counts["sampled, training mix"] = len(sampled)
+    # 4. Measure, unless the loop did, and save.
+    if run.step == args.iterations:  # all that was left to do after an interrupt
+        accuracies, counts = final_accuracies(policy, facts, args)
     save_checkpoint(run.folder / "model.pt", policy, torch.float32, digits=n, task=task,
                     preset=facts["preset"], seed=facts["seed"], settings=run.settings,
                     accuracies=accuracies)
@@ -369,7 +374,7 @@ def train(args):
 
 
 def main(argv=None):
-    return run_script(train, parse_args(argv), RESUMES)
+    return run_script(train, parse_args(argv))
 
 
 # ------------------------------------------------------------------ controls of the weight

@@ -167,7 +167,7 @@ def train(args):
         nk_varying=data.sample_problems(64, longest, "varying", 2, args.task))
     batches = pretrain_batches(args.digits, args.batch_size, block_size, args.seed, device,
                                args.task, start=run.step)
-    losses, norms, measured = [], [], "N -, N+k -"
+    losses, norms, measured = [], [], "not measured so far"
     bar = tqdm(range(run.step + 1, args.steps + 1), desc="pre-train", unit="step",
                initial=run.step, total=args.steps, dynamic_ncols=True, mininterval=1, leave=False)
     for step in bar:
@@ -188,7 +188,8 @@ def train(args):
             check_finite(f"step {step}", row)
             if step % 500 == 0:
                 row |= {name: solve(model, pairs)[0].mean() for name, pairs in watched.items()}
-                measured = f"N {row['n_identical']:.0%}, N+k {row['nk_varying']:.0%}"
+                measured = (f"two {args.digits}-digit {row['n_identical']:.0%}, "
+                            f"one or two {longest}-digit {row['nk_varying']:.0%}")
             run.log(step, row, last=step == args.steps)
             bar.set_postfix_str(f"loss {row['loss']:.4f}, {measured}")
             losses, norms = [], []
@@ -216,7 +217,7 @@ def print_table(accuracies, title, counts={}):
 
 
 def main(argv=None):
-    return run_script(train, parse_args(argv), RESUMES)
+    return run_script(train, parse_args(argv))
 
 
 # ------------------------------------------------------------------ files and the command line
@@ -242,7 +243,7 @@ class Run:
         self.folder = Path(folder)
         self.files = {name: self.folder / name for name in self.FILES}
         self.step, self.earlier = first - 1, 0.0  # done so far; seconds of interrupted runs
-        self.rows, self.log_size = bytearray(), 0  # all of log.csv; how much of it is on disk
+        self.text, self.on_disk = "", 0  # of log.csv; how many of its characters are on disk
         self.started = self.saved = time.monotonic()
         self.lock_folder()
         if any(path.exists() for path in self.files.values()):
@@ -252,7 +253,7 @@ class Run:
             print(f"{self.folder} is finished; --fresh starts over")
         elif self.files["state.pt"].exists():
             self.read("state.pt", self.load_state)
-            self.append_rows()  # adds none; removes rows that were logged after the saved state
+            self.append_rows()  # log.csv is written again as it was at the saved state
             print(f"{self.folder} resumes after step {self.step}; --fresh starts over")
         else:
             self.write_json("settings.json", settings)
@@ -309,12 +310,9 @@ class Run:
             if isinstance(part, torch.nn.Module) and not all(
                     p.isfinite().all() for p in part.parameters()):
                 raise ValueError(f"a weight of {name} is not finite")
-        self.step, self.earlier, n_bytes = state["step"], float(state["seconds"]), state["log_size"]
-        log = self.files["log.csv"]
-        self.rows += log.read_bytes()[:n_bytes] if log.exists() else b""
-        if type(self.step) is not int or zlib.crc32(self.rows) != state["log_crc"]:
-            raise ValueError("log.csv has changed since, or is gone")
-        self.log_size = n_bytes
+        self.step, self.earlier, self.text = state["step"], float(state["seconds"]), state["log"]
+        if type(self.step) is not int or type(self.text) is not str:
+            raise ValueError("its step or its log")
 
     def read(self, name, parse):
         return read_file(self.files[name], parse, "the same command with --fresh starts over")
@@ -333,10 +331,10 @@ class Run:
         row = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
         lines = io.StringIO()
         writer = csv.DictWriter(lines, self.columns, lineterminator="\n")
-        if not self.rows:
+        if not self.text:
             writer.writeheader()
         writer.writerow(row | dict(seconds=f"{self.seconds():.1f}"))
-        self.rows += lines.getvalue().encode()
+        self.text += lines.getvalue()
         try:
             self.append_rows()
             if last or time.monotonic() - self.saved >= 30:
@@ -347,21 +345,22 @@ class Run:
             tqdm.write(f"warning: {error}; the run goes on, the next row tries again")
 
     def append_rows(self):
+        """Add to log.csv what it lacks. It is cut to what this process knows that it wrote."""
         try:
             with open(self.files["log.csv"], "ab") as file:
-                keep = min(file.seek(0, os.SEEK_END), self.log_size)
-                file.truncate(keep)  # without half a row, and rows after the saved state
-                file.write(self.rows[keep:])
+                whole = min(file.seek(0, os.SEEK_END), self.on_disk)
+                file.truncate(whole)  # without half a row, and rows after the saved state
+                file.write(self.text[whole:].encode())  # ASCII: a character is a byte
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise OSError(f"cannot write {self.files['log.csv']} ({error.strerror})") from None
-        self.log_size = len(self.rows)
+        self.on_disk = len(self.text)
 
     def save_state(self, step):
         states = {name: part.state_dict() for name, part in self.parts.items()}
         state = dict(states, settings=self.settings, step=step, seconds=self.seconds(),
-                     log_size=self.log_size, log_crc=zlib.crc32(self.rows))
+                     log=self.text)
         write_file(self.files["state.pt"], lambda file: torch.save(state, file))
         self.saved = time.monotonic()
 
@@ -474,7 +473,7 @@ def stop_at_open_exercise():
                 stop(f"{found[1]} in {path.name} is open")
 
 
-def run_script(function, args, hint):
+def run_script(function, args, hint=RESUMES):
     """function(args) -> exit code. What a user can get wrong ends in one line, without traceback.
 
     hint: how to go on after an interrupt (Ctrl-C).
