@@ -236,7 +236,7 @@ LOOKS = {  # a setting has one colour and one marker in all figures
     "alpha 0, kl_coef 0.05": ("0.35", "v"), "alpha 0, kl_coef 0.025": ("0.6", "<"),
     "alpha 3, kl_coef 0.05": ("#41b6c4", "h"), "no penalty": ("#cb181d", "X"),
     "alpha 3, matched": ("#d9a400", "P"), "alpha 100, matched": ("#8c6d00", "P"),
-    "alpha 3, shuffled": ("#e6550d", ">"), "alpha 3, mask": ("#31a354", "d"),
+    "alpha 3, shuffled": ("#e6550d", ">"), "alpha 3, threshold": ("#31a354", "d"),
     "oracle": ("#8c510a", "H")}
 SPARE = ("#1b9e77", "s"), ("#e7298a", "^"), ("#666666", "D"), ("#a6761d", "v"), ("#7570b3", "o")
 

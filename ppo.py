@@ -46,7 +46,7 @@ def parse_args(argv):
     add = ap.add_argument_group("penalty").add_argument
     add("--alpha", type=positive, default=3.0, help="exponent of the certainty; 0 = standard KL")
     add("--kl_coef", type=positive, default=0.1, help="coefficient of the penalty; 0 = no penalty")
-    add("--kl_weight", choices=("certainty", "matched", "shuffled", "mask", "oracle"),
+    add("--kl_weight", choices=("certainty", "matched", "shuffled", "threshold", "oracle"),
         default="certainty", help="weight of a token's penalty: certainty^alpha, or a control: its "
         "mean everywhere; dealt out at random; 0 where the certainty is below 0.9; 0 at critical "
         "tokens and copied digits, else 1")
@@ -390,7 +390,7 @@ def control_weight(kind, weight, J, critical, mask, generator):
         order = torch.randperm(len(of_answers), generator=generator, device=mask.device)
         dealt[mask > 0] = of_answers[order]
         return dealt
-    if kind == "mask":  # no penalty at all where the reference is not sure
+    if kind == "threshold":  # no penalty at all where the reference is not sure
         return weight * (J >= 0.9)
     return 1 - critical  # "oracle": no penalty at critical tokens and copied digits, else 1
 

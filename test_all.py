@@ -895,7 +895,7 @@ class PPO(Rollouts):
         expected, shuffled = weights("certainty"), weights("shuffled")
         self.assertEqual(expected[:6].sort()[0].tolist(), [0, 0, 0.25, 0.25, 1, 1])
         self.close(weights("matched"), expected.mean().expand_as(expected))
-        self.close(weights("mask"), (expected == 1).float())
+        self.close(weights("threshold"), (expected == 1).float())
         self.close(shuffled.sort()[0], expected.sort()[0])
         self.assertAlmostEqual((shuffled == expected).float().mean().item(), 1 / 3, delta=0.1)
 
@@ -1314,7 +1314,7 @@ class Scripts(Case):
         """Short, legal on Windows, the same for the same settings and no others."""
         long = "--kl_coef 0.05 --lr 0.001 --value_lr 0.01 --temperature 1.2"
         names = {}
-        for options in ("", "--lr 1e-05", "--kl_weight mask", "--lr 0.001", "--alpha 3.0000001",
+        for options in ("", "--lr 1e-05", "--kl_weight threshold", "--lr 0.001", "--alpha 3.0000001",
                         "--device cpu --checkpoint a/b\\c:d", long, long + "5",
                         long + " --clip 0.1",
                         "--seed 7 --alpha 9 --lr 3e-05 --clip 0.15 --episodes 128"):

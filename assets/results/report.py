@@ -21,7 +21,7 @@ from pretrain import run_script  # noqa: E402
 MODELS = range(10)
 ALPHAS = [f"exponent/alpha{alpha}" for alpha in (0, 1, 3, 10, 100, 1000)]
 LESS = ["less/alpha0_half", "less/alpha0_quarter", "less/alpha3_half", "less/none"]
-PLACES = [f"places/{name}" for name in "matched3 shuffled3 mask3 oracle matched100".split()]
+PLACES = [f"places/{name}" for name in "matched3 shuffled3 threshold3 oracle matched100".split()]
 SECTIONS = [  # figure; question; what others are compared with; settings it needs; more of them
     ("exponent", "Does weighting by certainty^alpha help?", "alpha 0", [ALPHAS[0], ALPHAS[2]],
      ALPHAS),
@@ -102,7 +102,7 @@ def draw_kl(settings):
         for label, setting in settings.items():
             x, values = (list(outcomes(setting, what).values()) for what in ("kl", name))
             (mean, low, high), kl = interval(values), np.mean(x)
-            is_control = re.search("matched|shuffled|mask|oracle", label)
+            is_control = re.search("matched|shuffled|threshold|oracle", label)
             family = list(families)[2 if is_control else 0 if setting in standard(settings) else 1]
             points[family].append((kl, mean))
             axis.plot([kl, kl], np.clip([low, high], 0, 100), color="0.8", lw=1.5, zorder=0)
