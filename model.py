@@ -251,7 +251,7 @@ def read_ahead(model, pairs, temperature, generator):
     return [row[:n] for row, n in zip(known.tolist(), n_known.tolist())]
 
 
-def solve(model, pairs, temperature=0, seed=0, batch_size=256):
+def solve(model, pairs, temperature=0, seed=0, batch_size=64):
     """Let the model answer all problems -> (correct: bool (n,), texts: n prompts + answers)."""
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     texts = []
