@@ -358,6 +358,7 @@ def train(args):
         values = [(row.get(name), form) for name, (_, form) in shown.items()]
         tqdm.write(f"{iteration:3d}" + "".join(
             f"{'-' if x is None else format(x, form):>13}" for x, form in values))
+        bar.set_postfix({name: f"{row[name]:.3f}" for name in ("success", "kl") if name in row})
         if row.get("success") == 0:
             tqdm.write("    no answer was right: there is nothing to learn from here")
         run.log(iteration, row, last=iteration == args.iterations)
