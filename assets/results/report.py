@@ -188,7 +188,7 @@ def report(args):
 
 def main(argv=None):
     ap = argparse.ArgumentParser(description="assets/runs -> assets/results/README.md and figures")
-    ap.add_argument("--runs", type=Path, default=ASSETS / "runs/small", help="folder of the runs")
+    ap.add_argument("--runs", type=Path, default=ASSETS / "runs", help="folder of the runs")
     ap.add_argument("--out", type=Path, default=ASSETS / "results", help="folder for the report")
     return run_script(report, ap.parse_args(argv), "the same command starts over")
 
