@@ -15,7 +15,7 @@ def certainty(ref_logits):
     1 = certain, 0 = uniform. Two equally likely tokens of V = 4: J = 1 - log 2 / log 4 = 1/2; a
     token of probability 0, even one with a logit of -inf, adds nothing to H.
     """
-    logp = F.log_softmax(ref_logits.float(), -1)
+    logp = F.log_softmax(ref_logits, -1)
     p = logp.exp()
     entropy = -(p * logp.masked_fill(p == 0, 0)).sum(-1)  # in nats; p log p is 0 where p is 0
     return (1 - entropy / math.log(ref_logits.shape[-1])).clamp(0, 1)  # against rounding

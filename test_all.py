@@ -353,9 +353,9 @@ def judge_sample(self):
         "uncertainty": ("1 - entropy", "entropy"),
         "0 log 0": ("logp.masked_fill(p == 0, 0)", "p.log()"),
         "0 times a logit of -inf": ("logp.masked_fill(p == 0, 0)", "logp"),
-        "softmax over the positions": ("float(), -1", "float(), 1"),
+        "softmax over the positions": ("ref_logits, -1", "ref_logits, 1"),
         "sum over the positions": ("sum(-1)", "sum(1)"),
-        "exp of the logits": ("F.log_softmax(ref_logits.float(), -1)",
+        "exp of the logits": ("F.log_softmax(ref_logits, -1)",
                               "(ref_logits.exp() / ref_logits.exp().sum(-1, True)).log()"),
         "changes its input": ("logp =", "ref_logits -= ref_logits.amax(-1, True)\n    logp ="),
         "log T": ("ref_logits.shape[-1]", "ref_logits.shape[1]")})
