@@ -107,12 +107,11 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def tiny_model(seed=0, block_size=192, std=None):
-    """std: spread of all weights; a larger one than GPT-2's makes outputs differ more."""
-    net = GPT(GPTConfig(block_size, n_layer=2, n_head=2, n_embd=16), seeded(seed)).eval()
-    with torch.no_grad():
-        for p in net.parameters() if std else ():
-            p.normal_(0, std, generator=seeded(seed + p.numel()))
+def tiny_model(seed=0, block_size=192, std=0.3):
+    """std: of all weights; it is larger than GPT-2's, so that outputs differ more."""
+    net, generator = GPT(GPTConfig(block_size, n_layer=2, n_head=2, n_embd=16)), seeded(seed)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, 0, std, generator)
     return net
 
 
@@ -642,65 +641,48 @@ class Data(Case):
 
 
 # ------------------------------------------------------------------ model.py
-def writer(logits):
-    """A model with these logits: forward(idx, first position) -> (B, T, V)."""
-    net = GPT(GPTConfig(256, n_layer=1, n_head=1, n_embd=4))
-
-    def forward(idx, offset=0, cache=None):
-        start = 0 if cache is None else cache.shape[4] - idx.shape[1]
-        return logits(idx, start), torch.zeros(*idx.shape, 4)
-    net.forward = forward
-    return net
-
-
 class Model(Case):
     def test_gpt2_is_pytorchs(self):
-        """Logits and greedy text are those of PyTorch's own transformer layers."""
-        net, ids = tiny_model(std=0.3), torch.randint(0, 40, (3, 50), generator=seeded())
-
-        def peer(ids):
-            w, T = net.transformer, ids.shape[1]
-            x = w.wte(ids) + w.wpe(torch.arange(T))
-            for block in w.h:
-                layer = torch.nn.TransformerEncoderLayer(
-                    16, 2, 64, 0.0, functools.partial(F.gelu, approximate="tanh"), batch_first=True,
-                    norm_first=True)
-                parts = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj,
-                         block.ln_1, block.ln_2)
-                layer.load_state_dict(dict(zip(layer.state_dict(), (
-                    p for part in parts for p in (part.weight, part.bias)))))
-                x = layer(x, torch.full((T, T), -math.inf).triu(1))
-            return w.ln_f(x) @ w.wte.weight.T
-
-        self.close(net(ids)[0], peer(ids), atol=1e-5)
-        text = torch.tensor([data.encode(data.prompt(7, 5))])
-        written, _ = generate(net, text.tolist(), 20, 0)
-        for _ in range(20):
-            text = torch.cat([text, peer(text)[:, -1:].argmax(-1)], 1)
-        self.assertEqual(written.tolist(), text.tolist())
+        """Logits are those of PyTorch's own transformer layers."""
+        net, ids = tiny_model(), torch.randint(0, 40, (3, 50), generator=seeded())
+        w = net.transformer
+        x = w.wte(ids) + w.wpe(torch.arange(50))
+        for block in w.h:
+            layer = torch.nn.TransformerEncoderLayer(
+                16, 2, 64, 0.0, functools.partial(F.gelu, approximate="tanh"), batch_first=True,
+                norm_first=True)
+            parts = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj,
+                     block.ln_1, block.ln_2)
+            layer.load_state_dict(dict(zip(layer.state_dict(), (
+                p for part in parts for p in (part.weight, part.bias)))))
+            x = layer(x, torch.full((50, 50), -math.inf).triu(1))
+        self.close(net(ids)[0], w.ln_f(x) @ w.wte.weight.T)
 
     def test_cache_and_offset(self):
         """Steps of several widths; what the cache holds at later places does not matter."""
-        net, ids = tiny_model(std=0.3), torch.randint(0, 40, (3, 50), generator=seeded())
+        net, ids = tiny_model(), torch.randint(0, 40, (3, 50), generator=seeded())
         with torch.no_grad():
             whole, _ = net(ids)
             cache = torch.full((2, 2, 3, 2, 50, 8), 100.0)
             for start, stop in itertools.pairwise((0, 7, 8, 9, 30, 50)):
                 logits, _ = net(ids[:, start:stop], cache=cache[..., :stop, :])
-                self.close(logits, whole[:, start:stop], atol=1e-5)
+                self.close(logits, whole[:, start:stop])
         moved, _ = net(ids[:, :20], offset=torch.tensor([[50], [0], [9]]))
         for row, offset in enumerate((50, 0, 9)):
-            other = tiny_model(std=0.3)
+            other = tiny_model()
             other.transformer.wpe.weight.data = net.transformer.wpe.weight[offset:]
-            self.close(moved[row], other(ids[row : row + 1, :20])[0][0], atol=1e-5)
+            self.close(moved[row], other(ids[row : row + 1, :20])[0][0])
         self.assertRaisesRegex(ValueError, "block of 192", net, torch.zeros(1, 193).long())
 
     def test_generation_of_ragged_prompts(self):
-        """Greedy: as one at a time, with all of the text read again for each token."""
+        """Greedy: as one at a time, with all of the text read again for each token. A row ends at
+        the second line break from </scratch> on (not at another tag), after 60, or with the block.
+        """
         begun = data.prompt(7, 5) + "</scratch>\n"
         prompts = [begun + x for x in ("3", "+,", "[7", "9 9\n", " ", "1")]
-        prompts = list(map(data.encode, [*prompts, *(WORKED[:n] for n in (28, 100, 60))]))
-        for net in tiny_model(std=0.3, block_size=110), tiny_model(101, std=0.3):
+        prompts += [data.prompt(7, 5) + "\n/scratch>\n</scratch\n4\n5\n"]
+        prompts = list(map(data.encode, [*prompts, *(WORKED[:n] for n in (28, 100, 110))]))
+        for net in tiny_model(block_size=110), tiny_model(6):  # this one writes line breaks
             ids, lengths = generate(net, prompts, 60, 0)
             for row, n, text in zip(ids, lengths, prompts):
                 size = min(len(text) + 60, net.config.block_size)
@@ -711,54 +693,26 @@ class Model(Case):
         taken = {int(n) - len(p) for n, p in zip(lengths, prompts)}
         self.assertGreater(len(taken), 3, "rows end at different steps")
 
-    def test_generation_ends_with_the_answer(self):
-        """At the second line break from </scratch> on; a stray "/" ends nothing."""
-        text = data.prompt(12, 34) + "\n/\n/\n[/]\n</scratch\n</scratch>\n4 /6\n"
-        script = torch.tensor(data.encode(text[1:] + "4 6\n" * 99))
-        script = 100.0 * F.one_hot(script, 40)
-        net = writer(lambda idx, start: script[start:][: idx.shape[1]].expand(len(idx), -1, -1))
-        prompts = [data.encode(text[:n]) for n in (20, 1, len(text) - 1, len(text), 40)]
-        for temperature in (0, 1.0):
-            ids, lengths = generate(net, prompts, 200, temperature, seeded())
-            self.assertEqual([data.decode(row[:n]) for row, n in zip(ids, lengths)], [text] * 5)
-        self.assertFalse(generate(net, prompts[3:4], 9, 0)[0][:, len(text) :].any())
-        self.assertEqual(generate(net, prompts, 10, 0)[1].tolist(), [30, 11, *[len(text)] * 2, 50])
-        ids, lengths = generate(tiny_model(block_size=25), [[5] * 20, [5] * 25], 200, 0)
-        self.assertEqual((lengths.tolist(), ids.shape), ([25, 25], (2, 25)), "the block ends")
-
-    def assert_distribution(self, drawn, exact):
-        """Chi-squared of the drawn tuples (n, k) against exact probabilities (V, ..., V)."""
-        counts, expected = torch.zeros_like(exact), exact * len(drawn)
-        counts.index_put_(tuple(drawn.T), torch.ones(len(drawn)), accumulate=True)
-        often = expected > 5
-        chi2, n = ((counts - expected) ** 2 / expected)[often].sum().item(), int(often.sum())
-        self.assertGreater(n, 20)
-        self.assertLess(abs(chi2 - n), 5 * math.sqrt(2 * n))
-
-    def test_generation_has_the_models_distribution(self):
-        """Two sampled tokens after prompts of two lengths, against the exact probabilities."""
-        net, prompts = tiny_model(block_size=8, std=0.4), [[7, 8, 9], [7, 8, 9, 3, 4]]
-        ids, _ = generate(net, prompts * 20000, 2, 0.5, seeded())
-        for i, prompt in enumerate(prompts):
-            with torch.no_grad():
-                first = (net(torch.tensor([prompt]))[0][0, -1] / 0.5).softmax(-1)  # (40,)
-                both = torch.tensor([[*prompt, t] for t in range(40)])
-                exact = first[:, None] * (net(both)[0][:, -1] / 0.5).softmax(-1)  # (40, 40)
-            self.assert_distribution(ids[i::2, len(prompt) : len(prompt) + 2], exact)
-
-    def test_reading_ahead_changes_no_distribution(self):
-        """Three characters of a model that looks at the last token alone, and is often right."""
+    def test_distribution_with_and_without_reading_ahead(self):
+        """Chi-squared of three characters of a model that looks at the last token alone, and is
+        often right, against their exact probabilities."""
         start, right = len(data.prompt(1, 2)), data.encode(data.prompt(1, 2) + data.answer(1, 2))
         table = 2 * torch.randn(40, 40, generator=seeded())
         for now, following in zip(right[start - 1 : start + 3], right[start:]):
             table[now, following] = table[now].max() + 0.5
-        p = table.softmax(-1)
+        p = (table / 0.8).softmax(-1)
         exact = p[right[start - 1]][:, None, None] * p[:, :, None] * p[None]  # (40, 40, 40)
         self.assertGreater(exact[tuple(right[start : start + 3])].item(), 0.02)
-        net, generator = writer(lambda idx, start: table[idx]), seeded()
-        known = model.read_ahead(net, [(1, 2)] * 20000, 1.0, generator)
-        ids, _ = generate(net, known, 4, 1.0, generator)
-        self.assert_distribution(ids[:, start : start + 3], exact)
+        net, generator, n = GPT(GPTConfig(256, n_layer=1, n_head=1, n_embd=4)), seeded(), 20000
+        net.forward = lambda ids, cache=None: (table[ids], torch.zeros(*ids.shape, 4))
+        for begun in [right[:start]] * n, model.read_ahead(net, [(1, 2)] * n, 0.8, generator):
+            ids, _ = generate(net, begun, 4, 0.8, generator)
+            counts, expected = torch.zeros_like(exact), n * exact
+            counts.index_put_(tuple(ids[:, start : start + 3].T), torch.ones(n), accumulate=True)
+            often = expected > 5
+            chi2, cells = ((counts - expected) ** 2 / expected)[often].sum(), int(often.sum())
+            self.assertGreater(cells, 20)
+            self.assertLess(abs(chi2 - cells), 5 * math.sqrt(2 * cells))
 
 
 # ------------------------------------------------------------------ pretrain.py
@@ -807,7 +761,7 @@ class Pretrain(Case):
     def test_answer_loss_and_learning_rate_by_hand(self):
         """The mean over the answers' tokens alone: neither prompts nor padding are predicted."""
         self.in_float32()
-        net, pairs, offset = tiny_model(std=0.3), [(1, 2), (3, 45)], torch.tensor([[0], [15]])
+        net, pairs, offset = tiny_model(), [(1, 2), (3, 45)], torch.tensor([[0], [15]])
         ids, prompt_len, lengths = model.to_batch(pairs, CPU)
         with torch.no_grad():
             logp, terms = net(ids, offset)[0].log_softmax(-1), []
@@ -828,7 +782,7 @@ class Rollouts(Case):
         options = "--minibatches 1 --kl_coef 0.5 --alpha 2 --temperature 1.5 --entropy_coef 0"
         self.args = ppo.parse_args(options.split())
         self.pairs = [(12, 3), (34, 5), (6, 78), (90, 12), (3, 13), (8, 99), (50, 5), (44, 1)]
-        self.policy, self.reference = tiny_model(std=0.25), tiny_model(std=0.25)
+        self.policy, self.reference = tiny_model(), tiny_model(7, std=0.6)
         self.value_head = ppo.ValueHead(16, seeded())
         torch.nn.init.normal_(self.value_head[4].weight, generator=seeded(1))
 
@@ -851,19 +805,8 @@ class PPO(Rollouts):
         self.close(ppo.normalize(x, mask)[:, :2], torch.tensor([[-1.0, 1.0]]))
         self.close(ppo.normalize(x / 100, mask)[:, :2], torch.tensor([[-0.05, 0.05]]))  # floor 0.1
 
-    def test_ratio_1_and_kl_0_at_the_first_update(self):
-        batch, seen = self.rollout(), []
-        with mock.patch.object(ppo, "ppo_loss", side_effect=lambda new, old, advantages, mask, clip:
-                               seen.append(((new - old) * mask).abs().max().item()) or new.sum()):
-            self.update(batch)
-        self.assertLess(max(seen), 1e-5)
-        stats, _ = self.update(batch)
-        self.assertEqual(stats["clip_fraction"], 0)
-        self.assertLess(abs(stats["kl"]) + abs(stats["penalty"]), 1e-5)
-
     def test_rollout(self):
         """The reward comes with the last action; one temperature samples and scores; ref_logp."""
-        self.reference = tiny_model(seed=7, std=0.25)
         with mock.patch.object(data, "grade", side_effect=[True, False] * 4), \
                 mock.patch.object(ppo, "generate", side_effect=generate) as written:
             batch = self.rollout(gamma=0.99, gae_lambda=1.0)
@@ -913,18 +856,6 @@ class PPO(Rollouts):
             self.assertEqual([i + 1 for i, x in enumerate(weight) if x == 0], free)  # of action i
             self.assertLessEqual(set(weight), {0, 1})
 
-    def test_equation_1_stands_once(self):
-        """Weights set to 0 in the batch change the log and the training: there is no penalty."""
-        self.reference = tiny_model(seed=7, std=0.6)
-        batch = self.rollout()
-        stats, gradient = self.update(batch)
-        self.assertGreater(min(stats["weight"], stats["penalty"]), 1e-3)
-        zero, without = self.update(batch | dict(weight=0 * batch["weight"]))
-        self.assertEqual((zero["weight"], zero["penalty"]), (0, 0))
-        _, expected = self.update(batch, kl_coef=0.0)
-        self.close(without, expected, atol=1e-7)
-        self.assertGreater((gradient - expected).norm().item(), 0.05 * expected.norm().item())
-
     def test_the_penalty_of_a_later_minibatch_has_the_kls_gradient(self):
         """All V actions of one state, drawn from an old policy: each row stands for one and weighs
         as often as it is drawn. With the ratio pi / pi_old the mean gradient is the exact KL's."""
@@ -946,11 +877,10 @@ class PPO(Rollouts):
 
     def test_slices_and_padding_change_nothing(self):
         """Gradients add up over slices of any size; rubbish beyond the answers does not matter."""
-        self.reference = tiny_model(seed=7, std=0.6)
         batch = self.rollout()
         stats, expected = self.update(batch)
-        rubbish = {name: x.masked_fill(batch["mask"] == 0, 3) if x.is_floating_point() and
-                   x.dim() == 2 and name != "mask" else x for name, x in batch.items()}
+        rubbish = batch | {name: batch[name].masked_fill(batch["mask"] == 0, 3) for name in (
+            "old_logp", "ref_logp", "weight", "advantages", "returns")}
         halves, _ = self.update(batch, minibatches=2)
         self.assertAlmostEqual(halves["weight"] / stats["weight"], 1, delta=0.3)
         for size, given in (1, batch), (3, batch), (100, rubbish):
@@ -959,13 +889,6 @@ class PPO(Rollouts):
                 again, gradient = self.update(given)
             self.close(gradient, expected, atol=1e-6)
             np.testing.assert_allclose(list(again.values()), list(stats.values()), rtol=1e-3)
-
-    def test_the_critic_leaves_the_policy_alone(self):
-        batch = self.rollout()
-        batch["returns"], batch["advantages"] = batch["returns"] + 50, 0 * batch["advantages"]
-        _, gradient = self.update(batch, kl_coef=0.0)
-        self.assertEqual(gradient.abs().max().item(), 0)
-        self.assertGreater(self.value_head[4].weight.grad.abs().sum().item(), 0)
 
     def test_nan_stops_before_the_weights_change(self):
         batch, before = self.rollout(), every_number(self.policy.state_dict())
@@ -1896,44 +1819,40 @@ class Solutions(Case):
 
 
 class Independent(Rollouts):
-    def second_opinion(self):
-        """A rollout; and over all its answer tokens at once: pi, ref, weight, k2."""
-        self.reference = tiny_model(seed=7, std=0.6)
+    def test_one_epoch_of_one_minibatch(self):
+        """Over all answer tokens at once. The policy's gradient is A2C's, that of -A log pi +
+        kl_coef J^alpha k2 - entropy_coef H, clipped to norm 1; none is the critic's. The figures
+        are those of the rollout; then of actions that the policy takes twice as often by now, with
+        twice the weight."""
         batch = self.rollout()
-        batch["advantages"] += torch.randn(batch["mask"].shape, generator=seeded())
-        policy = copy.deepcopy(self.policy)
-        pi, ref = (torch.distributions.Categorical(logits=x[batch["mask"] > 0]) for x in (
-            policy(batch["states"])[0] / 1.5, batch["ref_logits"]))
-        actions = batch["actions"][batch["mask"] > 0]
-        k2 = (pi.log_prob(actions) - ref.log_prob(actions)) ** 2 / 2
-        return batch, policy, pi, ref, (1 - ref.entropy() / math.log(40)) ** 2, k2
-
-    def test_logged_figures(self):
-        """Those of one minibatch; and of actions that the policy takes twice as often by now."""
-        batch, _, pi, ref, weight, k2 = self.second_opinion()
-        error = self.value_head(self.policy(batch["states"])[1]) - batch["returns"]
-        got, _ = self.update(batch)
-        for name, x in dict(kl=torch.distributions.kl_divergence(pi, ref), penalty=weight * k2,
-                            entropy=pi.entropy(), value_loss=error[batch["mask"] > 0] ** 2 / 2,
-                            weight=weight).items():
-            self.assertGreater(abs(got[name]), 0.001, name)
-            self.assertAlmostEqual(got[name] / x.mean().item(), 1, delta=0.001, msg=name)
-        again, _ = self.update(batch | dict(old_logp=batch["old_logp"] - math.log(2)))
-        self.assertAlmostEqual(again["penalty"] / got["penalty"], 2, places=4)
-        self.assertEqual((got["clip_fraction"], again["clip_fraction"]), (0, 1))
-
-    def test_one_epoch_of_one_minibatch_is_a2c(self):
-        """-A log pi + kl_coef J^alpha k2 - entropy_coef H, the gradient's norm clipped to 1."""
-        batch, policy, pi, _, weight, k2 = self.second_opinion()
-        _, got = self.update(batch, kl_coef=4.0, entropy_coef=0.5)
-        a = batch["advantages"][batch["mask"] > 0]
-        logp = pi.log_prob(batch["actions"][batch["mask"] > 0])
+        here = batch["mask"] > 0
+        batch["advantages"] += torch.randn(here.shape, generator=seeded())
+        logits, hidden = self.policy(batch["states"])
+        error = (self.value_head(hidden) - batch["returns"])[here]
+        pi, ref = (torch.distributions.Categorical(logits=x[here]) for x in (
+            logits / 1.5, batch["ref_logits"]))
+        logp, a = pi.log_prob(batch["actions"][here]), batch["advantages"][here]
+        k2 = (logp - ref.log_prob(batch["actions"][here])) ** 2 / 2
+        weight = (1 - ref.entropy() / math.log(40)) ** 2
         terms = [-(a - a.mean()) / a.std(correction=0) * logp, 4 * weight * k2, -0.5 * pi.entropy()]
         parts = [torch.cat([g.flatten() for g in torch.autograd.grad(
-            term.mean(), policy.parameters(), retain_graph=True)]) for term in terms]
+            term.mean(), self.policy.parameters(), retain_graph=True)]) for term in terms]
         norms = [part.norm().item() for part in parts]
         self.assertGreater(min(norms), 0.3 * max(norms), "each term counts")
-        self.close(got, sum(parts) / max(1, sum(parts).norm()), atol=1e-6)
+
+        got, gradient = self.update(batch, kl_coef=4.0, entropy_coef=0.5)
+        self.close(gradient, sum(parts), atol=1e-6)
+        self.assertGreater(self.value_head[4].weight.grad.abs().sum().item(), 0)
+        self.assertAlmostEqual(self.update(batch, kl_coef=1e3)[1].norm().item(), 1, places=4)
+        for name, x in dict(kl=torch.distributions.kl_divergence(pi, ref), penalty=weight * k2,
+                            entropy=pi.entropy(), value_loss=error**2 / 2, weight=weight).items():
+            self.assertGreater(abs(got[name]), 0.001, name)
+            self.assertAlmostEqual(got[name] / x.mean().item(), 1, delta=0.001, msg=name)
+        again, _ = self.update(batch | dict(old_logp=batch["old_logp"] - math.log(2),
+                                            weight=2 * batch["weight"]))
+        self.assertAlmostEqual(again["penalty"] / got["penalty"], 4, places=4)
+        self.assertAlmostEqual(again["weight"] / got["weight"], 2, places=4)
+        self.assertEqual((got["clip_fraction"], again["clip_fraction"]), (0, 1))
 
 
 if __name__ == "__main__":
