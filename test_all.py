@@ -80,20 +80,18 @@ class Case(unittest.TestCase):
 
     def fails(self, script, argv, message):
         """A script ends with exit code 2 and one error line on stderr, which holds the message."""
-        stderr = io.StringIO()
-        with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(stderr):
-            with contextlib.redirect_stdout(io.StringIO()):
-                script(argv)
-        errors = [line for line in stderr.getvalue().split("\n") if "error: " in line]
-        self.assertEqual((caught.exception.code, len(errors)), (2, 1), stderr.getvalue())
+        code, _, stderr = ended(script, argv)
+        errors = [line for line in stderr.split("\n") if "error: " in line]
+        self.assertEqual((code, len(errors)), (2, 1), stderr)
         self.assertIn(message, errors[0])
 
-    def python(self, *argv, folder="."):
-        """Run Python in a process of its own -> its stdout; it must end well."""
+    def python(self, *argv, folder=".", code=0):
+        """Run Python in a process of its own, until it ends with the code -> what it printed (on
+        stdout; after a failure on stderr, too)."""
         done = subprocess.run([sys.executable, *argv], cwd=folder, capture_output=True, text=True,
                               env=os.environ | dict(OMP_NUM_THREADS="1"))
-        self.assertEqual(done.returncode, 0, done.stderr[-3000:])
-        return done.stdout
+        self.assertEqual(done.returncode, code, done.stderr[-3000:])
+        return done.stdout + (done.stderr if code else "")
 
 
 def quiet(f, *args):
@@ -101,6 +99,17 @@ def quiet(f, *args):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         return f(*args), out.getvalue()
+
+
+def ended(script, argv):
+    """Let a script run to its end -> (exit code, stdout, stderr)."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
+            try:
+                code = script(argv)
+            except SystemExit as stopped:
+                code = stopped.code
+    return code, out.getvalue(), errors.getvalue()
 
 
 def seeded(seed=0):
@@ -984,125 +993,98 @@ class Scripts(Case):
         for folder in folders[1:]:
             self.assertTrue(results(folder) == results("whole"), folder)
 
-    def finished(self, argv=RL):
-        """Run ppo.py to its end -> (its log, its results, what it printed)."""
-        code, printed = quiet(ppo.main, argv)
-        self.assertEqual(code, 0, printed)
-        return read_log("r"), text_of("r/accuracies.json"), printed
+    def finished(self, *options):
+        """Run ppo.py to its end -> (its log and its results, what it printed)."""
+        code, printed, errors = ended(ppo.main, [*RL, *options])
+        self.assertEqual(code, 0, errors)
+        return (read_log("r"), text_of("r/accuracies.json")), printed
 
-    def test_the_folder_of_a_run(self):
-        log, results, printed = self.finished()
-        self.assertEqual([row["iteration"] for row in log], list("0123"))
-        with mock.patch.object(ppo, "rollout") as rollout:
-            self.finished()
-        self.assertFalse(rollout.called, "a finished run is skipped")
-        self.fails(ppo.main, [*RL, "--lr", "0.001"], "r holds a run with lr 0.0001, not 0.001")
-        for name in "accuracies.json", "model.pt":  # lost in a power cut: it is measured again
+    def test_damaged_files(self):
+        """A finished run needs no state, and measures again what a power cut took. Otherwise one
+        line names the file and --fresh, which helps."""
+        results, _ = self.finished()
+        self.assertEqual([row["iteration"] for row in results[0]], list("0123"))
+        state, log = model.load("r/state.pt"), Path("r/log.csv").read_bytes()
+        for path in "r/accuracies.json", "r/model.pt":
             for lose in os.remove, lambda path: os.truncate(path, 0):
-                lose(f"r/{name}")
-                self.assertRegex(self.finished()[2], r"resum\w+ after step 3")
-        for seed, same in (("0", True), ("1", False)):
-            torch.seed()  # whatever the global generator holds
-            log_again, _, printed = self.finished([*RL, "--seed", seed, "--fresh"])
-            self.assertRegex(printed, "--fresh removes the run in r")
-            self.assertEqual(log_again == log, same)
+                lose(path)
+                self.assertIn("r resumes after step 3", self.finished()[1])
+        Path("r/accuracies.json").write_text('{"settings": 5}')
+        self.assertEqual(self.finished()[0], results)
+        os.remove("r/accuracies.json")
+        nan = {name: x * math.nan for name, x in state["policy"].items()}
+        for other in ([], dict(step=1), state | dict(value_head=ppo.ValueHead(8).state_dict()),
+                      state | dict(log_size=20), state | dict(step="x"),
+                      state | dict(seconds="x"), state | dict(policy=nan)):
+            torch.save(other, "r/state.pt")
+            self.fails(ppo.main, RL, "--fresh starts over")
+        torch.save(state, "r/state.pt")
+        for changed in log[:-9], log.replace(b"\n", b"\r\n"):  # cut; saved by a spreadsheet
+            Path("r/log.csv").write_bytes(changed)
+            self.fails(ppo.main, RL, "log.csv has changed since, or is gone")
+        Path("r/log.csv").write_bytes(log + b"4,0.12")  # half a row of after the last state
+        self.assertEqual(self.finished()[0], results)
 
-    def test_one_run_in_a_folder(self):
-        os.mkdir("r")
-        with contextlib.closing(sqlite3.connect("r/lock")) as other:
-            other.execute("BEGIN EXCLUSIVE")
-            for fresh in [], ["--fresh"]:
-                self.fails(ppo.main, RL + fresh, "a run is going on there")
-        self.finished()
+        Path("r/state.pt").write_bytes(b"")
+        with mock.patch("ppo.rollout", None):
+            self.finished()
+        os.remove("r/accuracies.json")
+        self.fails(ppo.main, RL, os.path.join("r", "state.pt"))
+        torch.seed()  # whatever the global generator holds
+        again, printed = self.finished("--fresh")
+        self.assertEqual(again, results)
+        self.assertIn("--fresh removes the run in r", printed)
+        self.assertNotEqual(self.finished("--fresh", "--seed", "1")[0], results)
 
-    def test_files_of_another_run(self):
-        """Nothing is mixed: state.pt and accuracies.json know their settings."""
-        _, results, _ = self.finished()
+    def test_folders_in_use(self):
+        """Two runs are never mixed, and what is no run of this script is never removed."""
+        (_, results), _ = self.finished()
         state = model.load("r/state.pt")
+        self.fails(ppo.main, [*RL, "--lr", "0.001"], "r holds a run with lr 0.0001, not 0.001")
         Path("r/accuracies.json").write_text(results.replace('"alpha": 3.0', '"alpha": 0.0'))
         self.fails(ppo.main, RL, "holds a run with alpha 0.0, not 3.0; choose another --out, or")
         os.remove("r/accuracies.json")
         torch.save(state | dict(settings=state["settings"] | dict(seed=1)), "r/state.pt")
         self.fails(ppo.main, RL, "seed 1, not 0")
-        os.remove("r/settings.json")
+        with contextlib.closing(sqlite3.connect("r/lock")) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            for fresh in [], ["--fresh"]:
+                self.fails(ppo.main, RL + fresh, "a run is going on there")
         Path("r/log.csv").write_text("mine")
-        for contents in None, "// mine", "{}":  # no run, or another kind: nothing is touched
-            if contents:
-                Path("r/settings.json").write_text(contents)
+        for change in (lambda path: path.write_text("// mine"), lambda path: path.write_text("{}"),
+                       os.remove):
+            change(Path("r/settings.json"))
             for fresh in [], ["--fresh"]:
                 self.fails(ppo.main, RL + fresh, "choose another --out")
         self.assertEqual((text_of("r/log.csv"), os.path.exists("r/model.pt")), ("mine", True))
         self.fails(pretrain.main, [*PRETRAIN, "--fresh"], "no run of this script; choose another")
-        self.fails(pretrain.main, [*PRETRAIN, "--out", ""], "--out is empty")
         self.fails(ppo.main, [*RL, "--out", "p", "--fresh"], "holds the checkpoint in use")
 
-    def test_damaged_files_of_a_run(self):
-        """One line that names the file and --fresh, which helps."""
-        _, results, _ = self.finished()
-        for contents in b"", b"{", b"[]", b'{"alpha": 3', b"\xff":
-            Path("r/state.pt").write_bytes(contents)
-            self.finished()  # a finished run does not need its state
-            os.remove("r/accuracies.json")
-            self.fails(ppo.main, RL, os.path.join("r", "state.pt"))
-            self.assertEqual(self.finished([*RL, "--fresh"])[1], results)
-        for settings in [], 5, None:
-            Path("r/accuracies.json").write_text(json.dumps(dict(settings=settings)))
-            self.assertEqual(self.finished()[1], results)
-        whole = model.load("r/state.pt")
-        os.remove("r/accuracies.json")
-        critic = dict(value_head=ppo.ValueHead(8).state_dict())
-        nan = {name: x * math.nan for name, x in whole["policy"].items()}
-        for other in ([], dict(step=1), whole | critic, whole | dict(log_size=20), whole | dict(
-                step="x"), whole | dict(seconds="x"), whole | dict(policy=nan)):
-            torch.save(other, "r/state.pt")
-            self.fails(ppo.main, RL, "--fresh starts over")
-        torch.save(whole, "r/state.pt")
-        log = Path("r/log.csv").read_bytes()
-        for changed in log[:-9], log.replace(b"\n", b"\r\n"):  # cut; saved by a spreadsheet
-            Path("r/log.csv").write_bytes(changed)
-            self.fails(ppo.main, RL, "log.csv has changed since, or is gone")
-        Path("r/log.csv").write_bytes(log)
-        with open("r/log.csv", "a") as file:
-            file.write("4,0.12")  # half a row of after the last state
-        self.assertEqual(self.finished()[1], results)
-        self.assertEqual(len(read_log("r")), 4)
-
     def test_writes_that_fail(self):
-        """In the middle of a run the next write carries what was missed; the last must be whole."""
-        expected = self.finished()[:2]
-        fsync = os.fsync
-        for failing in range(2, 5), range(6, 99):  # 1: settings.json; then a log row, a state, ...
-            calls = itertools.count(1)
+        """In the middle of a run the next write carries what was missed, even if the log is removed
+        meanwhile; the last must be whole."""
+        (expected, _), draw = self.finished(), ppo.draw_problems
+        full = OSError(errno.ENOSPC, "No space left on device")
 
-            def full_disk(file):
-                if next(calls) in failing:
-                    raise OSError(errno.ENOSPC, "No space left on device")
-                fsync(file)
-            with mock.patch("os.fsync", full_disk), mock.patch(**save_each_time()):
-                if failing.stop < 9:
-                    got = self.finished([*RL, "--fresh"])
-                    self.assertIn("the run goes on", got[2])
-                else:
-                    self.fails(ppo.main, [*RL, "--fresh"], "(No space left on device)")
-                    self.assertEqual([x for x in os.listdir("r") if x.endswith(".part")], [])
-                    model.load("r/state.pt")  # is whole
-            self.assertEqual(self.finished()[:2], expected)
-
-    def test_a_log_that_is_removed_meanwhile(self):
-        expected, watch = self.finished()[:2], ppo.watch_critical
-
-        def remove(*args):
-            if os.path.exists("r/log.csv"):
-                os.remove("r/log.csv")
-            return watch(*args)
-        with mock.patch("ppo.watch_critical", remove):
-            self.assertEqual(self.finished([*RL, "--fresh"])[:2], expected)
+        def remove_log(*args):
+            os.remove("r/log.csv")
+            return draw(*args)
+        # The writes: settings.json, then a row of the log, a state, a row, ...
+        with mock.patch("os.fsync", side_effect=[None, full, full, full, *[None] * 99]):
+            with mock.patch("ppo.draw_problems", remove_log), mock.patch(**save_each_time()):
+                self.assertIn("the run goes on", self.finished("--fresh")[1])
+        self.assertEqual(self.finished()[0], expected)
+        with mock.patch("os.fsync", side_effect=[*[None] * 5, *[full] * 99]):
+            with mock.patch(**save_each_time()):
+                self.fails(ppo.main, [*RL, "--fresh"], "(No space left on device)")
+        self.assertEqual(list(Path("r").glob("*.part")), [])
+        self.assertEqual(self.finished()[0], expected)
 
     def test_interrupts_and_pipes(self):
         with mock.patch("ppo.update", side_effect=KeyboardInterrupt):
-            code, printed = quiet(ppo.main, [*RL, "--fresh"])
+            code, _, errors = ended(ppo.main, RL)
         self.assertEqual(code, 130)
-        self.assertRegex(printed, r"interrupted; the same command, without --fresh, goes on")
+        self.assertIn("interrupted; the same command, without --fresh, goes on", errors)
         for script in "pretrain.py", "ppo.py", "analyze.py":  # while it imports, or just after
             process = subprocess.Popen([sys.executable, script, "curves"], cwd=HERE,
                                        stderr=subprocess.PIPE, text=True)
@@ -1182,9 +1164,10 @@ class Scripts(Case):
         self.fails(pretrain.main, ["--digits", "99"], "GiB of memory")
         self.assertEqual(os.listdir(), ["p"], "nothing was written")
         Path("file").touch()
-        for out in "file", "file/run", "x" * 300:
+        for out, message in (("file", "file"), ("file/run", "file"), ("x" * 300, "x" * 80),
+                             ("", "--out is empty")):
             for fresh in [], ["--fresh"]:
-                self.fails(pretrain.main, [*PRETRAIN, "--out", out, *fresh], out[:80])
+                self.fails(pretrain.main, [*PRETRAIN, "--out", out, *fresh], message)
 
     def test_fuzz(self):
         """Odd command lines, and runs whose files were damaged: a result or one line."""
@@ -1197,7 +1180,7 @@ class Scripts(Case):
             names = sorted(vars(script.parse_args([])).keys() - {"fresh"})
             changes = [f"--{name}={rng.choice(odd)}" for name in rng.choice(names, 2)]
             self.ends_well(script.main, [*tiny[script], *changes, "--fresh"])
-        self.finished([*RL, "--fresh", "--out", "r"])
+        self.finished("--fresh")
         for _ in range(300 if SLOW else 10):
             copy = shutil.copytree("r", "copy")
             path = Path(copy, rng.choice(pretrain.Run.FILES))
@@ -1211,13 +1194,8 @@ class Scripts(Case):
             shutil.rmtree(copy)
 
     def ends_well(self, script, argv):
-        try:
-            code = quiet(script, argv)[0]
-        except SystemExit as stopped:
-            code = stopped.code
-        except Exception as error:
-            raise AssertionError(f"{script.__module__} {argv}") from error
-        self.assertIn(code, (0, 2), argv)
+        with self.subTest(argv=argv):
+            self.assertIn(ended(script, argv)[0], (0, 2))
 
     def test_help(self):
         """Each script's --help has all its options; analyze.py alone names its verbs."""
@@ -1227,13 +1205,10 @@ class Scripts(Case):
                 (main, ["--help"], ["--slow", "--points", "--json", "--handout", "--only"]),
                 (analyze.main, [], ["answer", "tokens", "explain", "curves", "compare"]),
                 (analyze.main, ["tokens", "--help"], ["--problems", "--temperature"])):
-            out = io.StringIO()
-            with mock.patch("sys.argv", ["", *argv]), contextlib.redirect_stdout(out):
-                with contextlib.redirect_stderr(out), self.assertRaises(SystemExit) as caught:
-                    script()
-            self.assertEqual(caught.exception.code, 0 if argv else 2)
+            code, printed, errors = ended(script, argv)
+            self.assertEqual(code, 0 if argv else 2)
             for word in words:
-                self.assertIn(word, out.getvalue())
+                self.assertIn(word, printed + errors)
 
     def test_folder_names(self):
         """Short, legal on Windows, the same for the same settings and no others."""
