@@ -80,20 +80,18 @@ class Case(unittest.TestCase):
 
     def fails(self, script, argv, message):
         """A script ends with exit code 2 and one error line on stderr, which holds the message."""
-        stderr = io.StringIO()
-        with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(stderr):
-            with contextlib.redirect_stdout(io.StringIO()):
-                script(argv)
-        errors = [line for line in stderr.getvalue().split("\n") if "error: " in line]
-        self.assertEqual((caught.exception.code, len(errors)), (2, 1), stderr.getvalue())
+        code, _, stderr = ended(script, argv)
+        errors = [line for line in stderr.split("\n") if "error: " in line]
+        self.assertEqual((code, len(errors)), (2, 1), stderr)
         self.assertIn(message, errors[0])
 
-    def python(self, *argv, folder="."):
-        """Run Python in a process of its own -> its stdout; it must end well."""
+    def python(self, *argv, folder=".", code=0):
+        """Run Python in a process of its own, until it ends with the code -> what it printed (on
+        stdout; after a failure on stderr, too)."""
         done = subprocess.run([sys.executable, *argv], cwd=folder, capture_output=True, text=True,
                               env=os.environ | dict(OMP_NUM_THREADS="1"))
-        self.assertEqual(done.returncode, 0, done.stderr[-3000:])
-        return done.stdout
+        self.assertEqual(done.returncode, code, done.stderr[-3000:])
+        return done.stdout + (done.stderr if code else "")
 
 
 def quiet(f, *args):
@@ -103,16 +101,26 @@ def quiet(f, *args):
         return f(*args), out.getvalue()
 
 
+def ended(script, argv):
+    """Let a script run to its end -> (exit code, stdout, stderr)."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
+            try:
+                code = script(argv)
+            except SystemExit as stopped:
+                code = stopped.code
+    return code, out.getvalue(), errors.getvalue()
+
+
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def tiny_model(seed=0, block_size=192, std=None):
-    """std: spread of all weights; a larger one than GPT-2's makes outputs differ more."""
-    net = GPT(GPTConfig(block_size, n_layer=2, n_head=2, n_embd=16), seeded(seed)).eval()
-    with torch.no_grad():
-        for p in net.parameters() if std else ():
-            p.normal_(0, std, generator=seeded(seed + p.numel()))
+def tiny_model(seed=0, block_size=192, std=0.3):
+    """std: of all weights; it is larger than GPT-2's, so that outputs differ more."""
+    net, generator = GPT(GPTConfig(block_size, n_layer=2, n_head=2, n_embd=16)), seeded(seed)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, 0, std, generator)
     return net
 
 
@@ -642,65 +650,48 @@ class Data(Case):
 
 
 # ------------------------------------------------------------------ model.py
-def writer(logits):
-    """A model with these logits: forward(idx, first position) -> (B, T, V)."""
-    net = GPT(GPTConfig(256, n_layer=1, n_head=1, n_embd=4))
-
-    def forward(idx, offset=0, cache=None):
-        start = 0 if cache is None else cache.shape[4] - idx.shape[1]
-        return logits(idx, start), torch.zeros(*idx.shape, 4)
-    net.forward = forward
-    return net
-
-
 class Model(Case):
     def test_gpt2_is_pytorchs(self):
-        """Logits and greedy text are those of PyTorch's own transformer layers."""
-        net, ids = tiny_model(std=0.3), torch.randint(0, 40, (3, 50), generator=seeded())
-
-        def peer(ids):
-            w, T = net.transformer, ids.shape[1]
-            x = w.wte(ids) + w.wpe(torch.arange(T))
-            for block in w.h:
-                layer = torch.nn.TransformerEncoderLayer(
-                    16, 2, 64, 0.0, functools.partial(F.gelu, approximate="tanh"), batch_first=True,
-                    norm_first=True)
-                parts = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj,
-                         block.ln_1, block.ln_2)
-                layer.load_state_dict(dict(zip(layer.state_dict(), (
-                    p for part in parts for p in (part.weight, part.bias)))))
-                x = layer(x, torch.full((T, T), -math.inf).triu(1))
-            return w.ln_f(x) @ w.wte.weight.T
-
-        self.close(net(ids)[0], peer(ids), atol=1e-5)
-        text = torch.tensor([data.encode(data.prompt(7, 5))])
-        written, _ = generate(net, text.tolist(), 20, 0)
-        for _ in range(20):
-            text = torch.cat([text, peer(text)[:, -1:].argmax(-1)], 1)
-        self.assertEqual(written.tolist(), text.tolist())
+        """Logits are those of PyTorch's own transformer layers."""
+        net, ids = tiny_model(), torch.randint(0, 40, (3, 50), generator=seeded())
+        w = net.transformer
+        x = w.wte(ids) + w.wpe(torch.arange(50))
+        for block in w.h:
+            layer = torch.nn.TransformerEncoderLayer(
+                16, 2, 64, 0.0, functools.partial(F.gelu, approximate="tanh"), batch_first=True,
+                norm_first=True)
+            parts = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj,
+                     block.ln_1, block.ln_2)
+            layer.load_state_dict(dict(zip(layer.state_dict(), (
+                p for part in parts for p in (part.weight, part.bias)))))
+            x = layer(x, torch.full((50, 50), -math.inf).triu(1))
+        self.close(net(ids)[0], w.ln_f(x) @ w.wte.weight.T)
 
     def test_cache_and_offset(self):
         """Steps of several widths; what the cache holds at later places does not matter."""
-        net, ids = tiny_model(std=0.3), torch.randint(0, 40, (3, 50), generator=seeded())
+        net, ids = tiny_model(), torch.randint(0, 40, (3, 50), generator=seeded())
         with torch.no_grad():
             whole, _ = net(ids)
             cache = torch.full((2, 2, 3, 2, 50, 8), 100.0)
             for start, stop in itertools.pairwise((0, 7, 8, 9, 30, 50)):
                 logits, _ = net(ids[:, start:stop], cache=cache[..., :stop, :])
-                self.close(logits, whole[:, start:stop], atol=1e-5)
+                self.close(logits, whole[:, start:stop])
         moved, _ = net(ids[:, :20], offset=torch.tensor([[50], [0], [9]]))
         for row, offset in enumerate((50, 0, 9)):
-            other = tiny_model(std=0.3)
+            other = tiny_model()
             other.transformer.wpe.weight.data = net.transformer.wpe.weight[offset:]
-            self.close(moved[row], other(ids[row : row + 1, :20])[0][0], atol=1e-5)
+            self.close(moved[row], other(ids[row : row + 1, :20])[0][0])
         self.assertRaisesRegex(ValueError, "block of 192", net, torch.zeros(1, 193).long())
 
     def test_generation_of_ragged_prompts(self):
-        """Greedy: as one at a time, with all of the text read again for each token."""
+        """Greedy: as one at a time, with all of the text read again for each token. A row ends at
+        the second line break from </scratch> on (not at another tag), after 60, or with the block.
+        """
         begun = data.prompt(7, 5) + "</scratch>\n"
         prompts = [begun + x for x in ("3", "+,", "[7", "9 9\n", " ", "1")]
-        prompts = list(map(data.encode, [*prompts, *(WORKED[:n] for n in (28, 100, 60))]))
-        for net in tiny_model(std=0.3, block_size=110), tiny_model(101, std=0.3):
+        prompts += [data.prompt(7, 5) + "\n/scratch>\n</scratch\n4\n5\n"]
+        prompts = list(map(data.encode, [*prompts, *(WORKED[:n] for n in (28, 100, 110))]))
+        for net in tiny_model(block_size=110), tiny_model(6):  # this one writes line breaks
             ids, lengths = generate(net, prompts, 60, 0)
             for row, n, text in zip(ids, lengths, prompts):
                 size = min(len(text) + 60, net.config.block_size)
@@ -711,54 +702,26 @@ class Model(Case):
         taken = {int(n) - len(p) for n, p in zip(lengths, prompts)}
         self.assertGreater(len(taken), 3, "rows end at different steps")
 
-    def test_generation_ends_with_the_answer(self):
-        """At the second line break from </scratch> on; a stray "/" ends nothing."""
-        text = data.prompt(12, 34) + "\n/\n/\n[/]\n</scratch\n</scratch>\n4 /6\n"
-        script = torch.tensor(data.encode(text[1:] + "4 6\n" * 99))
-        script = 100.0 * F.one_hot(script, 40)
-        net = writer(lambda idx, start: script[start:][: idx.shape[1]].expand(len(idx), -1, -1))
-        prompts = [data.encode(text[:n]) for n in (20, 1, len(text) - 1, len(text), 40)]
-        for temperature in (0, 1.0):
-            ids, lengths = generate(net, prompts, 200, temperature, seeded())
-            self.assertEqual([data.decode(row[:n]) for row, n in zip(ids, lengths)], [text] * 5)
-        self.assertFalse(generate(net, prompts[3:4], 9, 0)[0][:, len(text) :].any())
-        self.assertEqual(generate(net, prompts, 10, 0)[1].tolist(), [30, 11, *[len(text)] * 2, 50])
-        ids, lengths = generate(tiny_model(block_size=25), [[5] * 20, [5] * 25], 200, 0)
-        self.assertEqual((lengths.tolist(), ids.shape), ([25, 25], (2, 25)), "the block ends")
-
-    def assert_distribution(self, drawn, exact):
-        """Chi-squared of the drawn tuples (n, k) against exact probabilities (V, ..., V)."""
-        counts, expected = torch.zeros_like(exact), exact * len(drawn)
-        counts.index_put_(tuple(drawn.T), torch.ones(len(drawn)), accumulate=True)
-        often = expected > 5
-        chi2, n = ((counts - expected) ** 2 / expected)[often].sum().item(), int(often.sum())
-        self.assertGreater(n, 20)
-        self.assertLess(abs(chi2 - n), 5 * math.sqrt(2 * n))
-
-    def test_generation_has_the_models_distribution(self):
-        """Two sampled tokens after prompts of two lengths, against the exact probabilities."""
-        net, prompts = tiny_model(block_size=8, std=0.4), [[7, 8, 9], [7, 8, 9, 3, 4]]
-        ids, _ = generate(net, prompts * 20000, 2, 0.5, seeded())
-        for i, prompt in enumerate(prompts):
-            with torch.no_grad():
-                first = (net(torch.tensor([prompt]))[0][0, -1] / 0.5).softmax(-1)  # (40,)
-                both = torch.tensor([[*prompt, t] for t in range(40)])
-                exact = first[:, None] * (net(both)[0][:, -1] / 0.5).softmax(-1)  # (40, 40)
-            self.assert_distribution(ids[i::2, len(prompt) : len(prompt) + 2], exact)
-
-    def test_reading_ahead_changes_no_distribution(self):
-        """Three characters of a model that looks at the last token alone, and is often right."""
+    def test_distribution_with_and_without_reading_ahead(self):
+        """Chi-squared of three characters of a model that looks at the last token alone, and is
+        often right, against their exact probabilities."""
         start, right = len(data.prompt(1, 2)), data.encode(data.prompt(1, 2) + data.answer(1, 2))
         table = 2 * torch.randn(40, 40, generator=seeded())
         for now, following in zip(right[start - 1 : start + 3], right[start:]):
             table[now, following] = table[now].max() + 0.5
-        p = table.softmax(-1)
+        p = (table / 0.8).softmax(-1)
         exact = p[right[start - 1]][:, None, None] * p[:, :, None] * p[None]  # (40, 40, 40)
         self.assertGreater(exact[tuple(right[start : start + 3])].item(), 0.02)
-        net, generator = writer(lambda idx, start: table[idx]), seeded()
-        known = model.read_ahead(net, [(1, 2)] * 20000, 1.0, generator)
-        ids, _ = generate(net, known, 4, 1.0, generator)
-        self.assert_distribution(ids[:, start : start + 3], exact)
+        net, generator, n = GPT(GPTConfig(256, n_layer=1, n_head=1, n_embd=4)), seeded(), 20000
+        net.forward = lambda ids, cache=None: (table[ids], torch.zeros(*ids.shape, 4))
+        for begun in [right[:start]] * n, model.read_ahead(net, [(1, 2)] * n, 0.8, generator):
+            ids, _ = generate(net, begun, 4, 0.8, generator)
+            counts, expected = torch.zeros_like(exact), n * exact
+            counts.index_put_(tuple(ids[:, start : start + 3].T), torch.ones(n), accumulate=True)
+            often = expected > 5
+            chi2, cells = ((counts - expected) ** 2 / expected)[often].sum(), int(often.sum())
+            self.assertGreater(cells, 20)
+            self.assertLess(abs(chi2 - cells), 5 * math.sqrt(2 * cells))
 
 
 # ------------------------------------------------------------------ pretrain.py
@@ -807,7 +770,7 @@ class Pretrain(Case):
     def test_answer_loss_and_learning_rate_by_hand(self):
         """The mean over the answers' tokens alone: neither prompts nor padding are predicted."""
         self.in_float32()
-        net, pairs, offset = tiny_model(std=0.3), [(1, 2), (3, 45)], torch.tensor([[0], [15]])
+        net, pairs, offset = tiny_model(), [(1, 2), (3, 45)], torch.tensor([[0], [15]])
         ids, prompt_len, lengths = model.to_batch(pairs, CPU)
         with torch.no_grad():
             logp, terms = net(ids, offset)[0].log_softmax(-1), []
@@ -828,7 +791,7 @@ class Rollouts(Case):
         options = "--minibatches 1 --kl_coef 0.5 --alpha 2 --temperature 1.5 --entropy_coef 0"
         self.args = ppo.parse_args(options.split())
         self.pairs = [(12, 3), (34, 5), (6, 78), (90, 12), (3, 13), (8, 99), (50, 5), (44, 1)]
-        self.policy, self.reference = tiny_model(std=0.25), tiny_model(std=0.25)
+        self.policy, self.reference = tiny_model(), tiny_model(7, std=0.6)
         self.value_head = ppo.ValueHead(16, seeded())
         torch.nn.init.normal_(self.value_head[4].weight, generator=seeded(1))
 
@@ -851,19 +814,8 @@ class PPO(Rollouts):
         self.close(ppo.normalize(x, mask)[:, :2], torch.tensor([[-1.0, 1.0]]))
         self.close(ppo.normalize(x / 100, mask)[:, :2], torch.tensor([[-0.05, 0.05]]))  # floor 0.1
 
-    def test_ratio_1_and_kl_0_at_the_first_update(self):
-        batch, seen = self.rollout(), []
-        with mock.patch.object(ppo, "ppo_loss", side_effect=lambda new, old, advantages, mask, clip:
-                               seen.append(((new - old) * mask).abs().max().item()) or new.sum()):
-            self.update(batch)
-        self.assertLess(max(seen), 1e-5)
-        stats, _ = self.update(batch)
-        self.assertEqual(stats["clip_fraction"], 0)
-        self.assertLess(abs(stats["kl"]) + abs(stats["penalty"]), 1e-5)
-
     def test_rollout(self):
         """The reward comes with the last action; one temperature samples and scores; ref_logp."""
-        self.reference = tiny_model(seed=7, std=0.25)
         with mock.patch.object(data, "grade", side_effect=[True, False] * 4), \
                 mock.patch.object(ppo, "generate", side_effect=generate) as written:
             batch = self.rollout(gamma=0.99, gae_lambda=1.0)
@@ -913,18 +865,6 @@ class PPO(Rollouts):
             self.assertEqual([i + 1 for i, x in enumerate(weight) if x == 0], free)  # of action i
             self.assertLessEqual(set(weight), {0, 1})
 
-    def test_equation_1_stands_once(self):
-        """Weights set to 0 in the batch change the log and the training: there is no penalty."""
-        self.reference = tiny_model(seed=7, std=0.6)
-        batch = self.rollout()
-        stats, gradient = self.update(batch)
-        self.assertGreater(min(stats["weight"], stats["penalty"]), 1e-3)
-        zero, without = self.update(batch | dict(weight=0 * batch["weight"]))
-        self.assertEqual((zero["weight"], zero["penalty"]), (0, 0))
-        _, expected = self.update(batch, kl_coef=0.0)
-        self.close(without, expected, atol=1e-7)
-        self.assertGreater((gradient - expected).norm().item(), 0.05 * expected.norm().item())
-
     def test_the_penalty_of_a_later_minibatch_has_the_kls_gradient(self):
         """All V actions of one state, drawn from an old policy: each row stands for one and weighs
         as often as it is drawn. With the ratio pi / pi_old the mean gradient is the exact KL's."""
@@ -946,11 +886,10 @@ class PPO(Rollouts):
 
     def test_slices_and_padding_change_nothing(self):
         """Gradients add up over slices of any size; rubbish beyond the answers does not matter."""
-        self.reference = tiny_model(seed=7, std=0.6)
         batch = self.rollout()
         stats, expected = self.update(batch)
-        rubbish = {name: x.masked_fill(batch["mask"] == 0, 3) if x.is_floating_point() and
-                   x.dim() == 2 and name != "mask" else x for name, x in batch.items()}
+        rubbish = batch | {name: batch[name].masked_fill(batch["mask"] == 0, 3) for name in (
+            "old_logp", "ref_logp", "weight", "advantages", "returns")}
         halves, _ = self.update(batch, minibatches=2)
         self.assertAlmostEqual(halves["weight"] / stats["weight"], 1, delta=0.3)
         for size, given in (1, batch), (3, batch), (100, rubbish):
@@ -959,13 +898,6 @@ class PPO(Rollouts):
                 again, gradient = self.update(given)
             self.close(gradient, expected, atol=1e-6)
             np.testing.assert_allclose(list(again.values()), list(stats.values()), rtol=1e-3)
-
-    def test_the_critic_leaves_the_policy_alone(self):
-        batch = self.rollout()
-        batch["returns"], batch["advantages"] = batch["returns"] + 50, 0 * batch["advantages"]
-        _, gradient = self.update(batch, kl_coef=0.0)
-        self.assertEqual(gradient.abs().max().item(), 0)
-        self.assertGreater(self.value_head[4].weight.grad.abs().sum().item(), 0)
 
     def test_nan_stops_before_the_weights_change(self):
         batch, before = self.rollout(), every_number(self.policy.state_dict())
@@ -1027,11 +959,10 @@ def run_killed(folder):
         if status != -signal.SIGKILL:
             os.chdir("..")
             return n - 1 if status == 0 else sys.exit(1)
-        for path in [f"{x}/{name}" for x in "pr" if os.path.exists(x) for name in os.listdir(x)]:
-            if path.endswith(".pt"):
-                model.load(path)  # is whole
-            if path.endswith(".part"):  # as if killed while writing
-                os.truncate(path, os.path.getsize(path) // 2)
+        for path in Path().glob("[pr]/*.pt"):
+            model.load(path)  # is whole
+        for path in Path().glob("[pr]/*.part"):  # as if killed while writing
+            os.truncate(path, path.stat().st_size // 2)
 
 
 class Scripts(Case):
@@ -1061,123 +992,100 @@ class Scripts(Case):
         for folder in folders[1:]:
             self.assertTrue(results(folder) == results("whole"), folder)
 
-    def finished(self, argv=RL):
-        """Run ppo.py to its end -> (its log, its results, what it printed)."""
-        code, printed = quiet(ppo.main, argv)
-        self.assertEqual(code, 0, printed)
-        return read_log("r"), text_of("r/accuracies.json"), printed
+    def finished(self, *options):
+        """Run ppo.py to its end -> (its log and its results, what it printed)."""
+        code, printed, errors = ended(ppo.main, [*RL, *options])
+        self.assertEqual(code, 0, errors)
+        return (read_log("r"), text_of("r/accuracies.json")), printed
 
-    def test_the_folder_of_a_run(self):
-        log, results, printed = self.finished()
-        self.assertEqual([row["iteration"] for row in log], list("0123"))
-        with mock.patch.object(ppo, "rollout") as rollout:
-            self.finished()
-        self.assertFalse(rollout.called, "a finished run is skipped")
-        self.fails(ppo.main, [*RL, "--lr", "0.001"], "r holds a run with lr 0.0001, not 0.001")
-        for name in "accuracies.json", "model.pt":  # lost in a power cut: it is measured again
+    def test_damaged_files(self):
+        """A finished run needs no state, and measures again what a power cut took. Otherwise one
+        line names the file and --fresh, which helps."""
+        results, _ = self.finished()
+        self.assertEqual([row["iteration"] for row in results[0]], list("0123"))
+        state, log = model.load("r/state.pt"), Path("r/log.csv").read_bytes()
+        for path in "r/accuracies.json", "r/model.pt":
             for lose in os.remove, lambda path: os.truncate(path, 0):
-                lose(f"r/{name}")
-                self.assertRegex(self.finished()[2], r"resum\w+ after step 3")
-        for seed, same in (("0", True), ("1", False)):
-            torch.seed()  # whatever the global generator holds
-            log_again, _, printed = self.finished([*RL, "--seed", seed, "--fresh"])
-            self.assertRegex(printed, "--fresh removes the run in r")
-            self.assertEqual(log_again == log, same)
-
-    def test_one_run_in_a_folder(self):
-        os.mkdir("r")
-        with contextlib.closing(sqlite3.connect("r/lock")) as other:
-            other.execute("BEGIN EXCLUSIVE")
-            for fresh in [], ["--fresh"]:
-                self.fails(ppo.main, RL + fresh, "a run is going on there")
+                lose(path)
+                self.assertIn("r resumes after step 3", self.finished()[1])
+        Path("r/accuracies.json").write_text('{"settings": 5}')
+        self.assertEqual(self.finished()[0], results)
+        os.remove("r/accuracies.json")
+        nan = {name: x * math.nan for name, x in state["policy"].items()}
+        for other in ([], dict(step=1), state | dict(value_head=ppo.ValueHead(8).state_dict()),
+                      state | dict(log=5), state | dict(step="x"),
+                      state | dict(seconds="x"), state | dict(policy=nan)):
+            torch.save(other, "r/state.pt")
+            self.fails(ppo.main, RL, "--fresh starts over")
+        torch.save(state, "r/state.pt")
+        for changed in (log[:-9], log.replace(b"\n", b"\r\n"),  # cut; saved by a spreadsheet
+                        log + b"4,0.12"):  # half a row of after the last state
+            Path("r/log.csv").write_bytes(changed)
+            self.assertEqual(self.finished()[0], results)
+            self.assertEqual(Path("r/log.csv").read_bytes(), log)
+            os.remove("r/accuracies.json")
         self.finished()
 
-    def test_files_of_another_run(self):
-        """Nothing is mixed: state.pt and accuracies.json know their settings."""
-        _, results, _ = self.finished()
+        Path("r/state.pt").write_bytes(b"")
+        with mock.patch("ppo.rollout", None):
+            self.finished()
+        os.remove("r/accuracies.json")
+        self.fails(ppo.main, RL, os.path.join("r", "state.pt"))
+        torch.seed()  # whatever the global generator holds
+        again, printed = self.finished("--fresh")
+        self.assertEqual(again, results)
+        self.assertIn("--fresh removes the run in r", printed)
+        self.assertNotEqual(self.finished("--fresh", "--seed", "1")[0], results)
+
+    def test_folders_in_use(self):
+        """Two runs are never mixed, and what is no run of this script is never removed."""
+        (_, results), _ = self.finished()
         state = model.load("r/state.pt")
+        self.fails(ppo.main, [*RL, "--lr", "0.001"], "r holds a run with lr 0.0001, not 0.001")
         Path("r/accuracies.json").write_text(results.replace('"alpha": 3.0', '"alpha": 0.0'))
         self.fails(ppo.main, RL, "holds a run with alpha 0.0, not 3.0; choose another --out, or")
         os.remove("r/accuracies.json")
         torch.save(state | dict(settings=state["settings"] | dict(seed=1)), "r/state.pt")
         self.fails(ppo.main, RL, "seed 1, not 0")
-        os.remove("r/settings.json")
+        with contextlib.closing(sqlite3.connect("r/lock")) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            for fresh in [], ["--fresh"]:
+                self.fails(ppo.main, RL + fresh, "a run is going on there")
         Path("r/log.csv").write_text("mine")
-        for contents in None, "// mine", "{}":  # no run, or another kind: nothing is touched
-            if contents:
-                Path("r/settings.json").write_text(contents)
+        for change in (lambda path: path.write_text("// mine"), lambda path: path.write_text("{}"),
+                       os.remove):
+            change(Path("r/settings.json"))
             for fresh in [], ["--fresh"]:
                 self.fails(ppo.main, RL + fresh, "choose another --out")
         self.assertEqual((text_of("r/log.csv"), os.path.exists("r/model.pt")), ("mine", True))
         self.fails(pretrain.main, [*PRETRAIN, "--fresh"], "no run of this script; choose another")
-        self.fails(pretrain.main, [*PRETRAIN, "--out", ""], "--out is empty")
         self.fails(ppo.main, [*RL, "--out", "p", "--fresh"], "holds the checkpoint in use")
 
-    def test_damaged_files_of_a_run(self):
-        """One line that names the file and --fresh, which helps."""
-        _, results, _ = self.finished()
-        for contents in b"", b"{", b"[]", b'{"alpha": 3', b"\xff":
-            Path("r/state.pt").write_bytes(contents)
-            self.finished()  # a finished run does not need its state
-            os.remove("r/accuracies.json")
-            self.fails(ppo.main, RL, os.path.join("r", "state.pt"))
-            self.assertEqual(self.finished([*RL, "--fresh"])[1], results)
-        for settings in [], 5, None:
-            Path("r/accuracies.json").write_text(json.dumps(dict(settings=settings)))
-            self.assertEqual(self.finished()[1], results)
-        whole = model.load("r/state.pt")
-        os.remove("r/accuracies.json")
-        critic = dict(value_head=ppo.ValueHead(8).state_dict())
-        nan = {name: x * math.nan for name, x in whole["policy"].items()}
-        for other in ([], dict(step=1), whole | critic, whole | dict(log=5), whole | dict(
-                step="x"), whole | dict(seconds="x"), whole | dict(policy=nan)):
-            torch.save(other, "r/state.pt")
-            self.fails(ppo.main, RL, "--fresh starts over")
-        torch.save(whole, "r/state.pt")
-        log = Path("r/log.csv").read_bytes()
-        for changed in (log[:-9], log.replace(b"\n", b"\r\n"),  # cut; saved by a spreadsheet
-                        log + b"4,0.12"):  # half a row of after the last state
-            Path("r/log.csv").write_bytes(changed)
-            self.assertEqual(self.finished()[1], results)
-            self.assertEqual(Path("r/log.csv").read_bytes(), log)
-            os.remove("r/accuracies.json")
-
     def test_writes_that_fail(self):
-        """In the middle of a run the next write carries what was missed; the last must be whole."""
-        expected = self.finished()[:2]
-        fsync = os.fsync
-        for failing in range(2, 5), range(6, 99):  # 1: settings.json; then a log row, a state, ...
-            calls = itertools.count(1)
+        """In the middle of a run the next write carries what was missed, even if the log is removed
+        meanwhile; the last must be whole."""
+        (expected, _), draw = self.finished(), ppo.draw_problems
+        full = OSError(errno.ENOSPC, "No space left on device")
 
-            def full_disk(file):
-                if next(calls) in failing:
-                    raise OSError(errno.ENOSPC, "No space left on device")
-                fsync(file)
-            with mock.patch("os.fsync", full_disk), mock.patch(**save_each_time()):
-                if failing.stop < 9:
-                    got = self.finished([*RL, "--fresh"])
-                    self.assertIn("the run goes on", got[2])
-                else:
-                    self.fails(ppo.main, [*RL, "--fresh"], "(No space left on device)")
-                    self.assertEqual([x for x in os.listdir("r") if x.endswith(".part")], [])
-                    model.load("r/state.pt")  # is whole
-            self.assertEqual(self.finished()[:2], expected)
-
-    def test_a_log_that_is_removed_meanwhile(self):
-        expected, watch = self.finished()[:2], ppo.watch_critical
-
-        def remove(*args):
-            if os.path.exists("r/log.csv"):
-                os.remove("r/log.csv")
-            return watch(*args)
-        with mock.patch("ppo.watch_critical", remove):
-            self.assertEqual(self.finished([*RL, "--fresh"])[:2], expected)
+        def remove_log(*args):
+            os.remove("r/log.csv")
+            return draw(*args)
+        # The writes: settings.json, then a row of the log, a state, a row, ...
+        with mock.patch("os.fsync", side_effect=[None, full, full, full, *[None] * 99]):
+            with mock.patch("ppo.draw_problems", remove_log), mock.patch(**save_each_time()):
+                self.assertIn("the run goes on", self.finished("--fresh")[1])
+        self.assertEqual(self.finished()[0], expected)
+        with mock.patch("os.fsync", side_effect=[*[None] * 5, *[full] * 99]):
+            with mock.patch(**save_each_time()):
+                self.fails(ppo.main, [*RL, "--fresh"], "(No space left on device)")
+        self.assertEqual(list(Path("r").glob("*.part")), [])
+        self.assertEqual(self.finished()[0], expected)
 
     def test_interrupts_and_pipes(self):
         with mock.patch("ppo.update", side_effect=KeyboardInterrupt):
-            code, printed = quiet(ppo.main, [*RL, "--fresh"])
+            code, _, errors = ended(ppo.main, RL)
         self.assertEqual(code, 130)
-        self.assertRegex(printed, r"interrupted; the same command, without --fresh, goes on")
+        self.assertIn("interrupted; the same command, without --fresh, goes on", errors)
         for script in "pretrain.py", "ppo.py", "analyze.py":  # while it imports, or just after
             process = subprocess.Popen([sys.executable, script, "curves"], cwd=HERE,
                                        stderr=subprocess.PIPE, text=True)
@@ -1193,17 +1101,14 @@ class Scripts(Case):
         self.assertEqual((done.returncode, done.stderr), (141, b""))
 
     def test_numbers_that_go_wrong(self):
-        steps, loss, gae = itertools.count(1), pretrain.answer_loss, ppo.gae
+        steps, loss = itertools.count(1), pretrain.answer_loss
         os.remove("p/model.pt")
         with mock.patch(**save_each_time()), mock.patch("pretrain.answer_loss", lambda *args: (
                 math.nan if next(steps) == 137 else 1) * loss(*args)):
             self.fails(pretrain.main, PRETRAIN, "loss is nan at step 200; lower --lr")
         steps = [row["step"] for row in read_log("p")], model.load("p/state.pt")["step"]
         self.assertEqual((steps, os.path.exists("p/model.pt")), ((["100"], 100), False))
-        quiet(pretrain.main, PRETRAIN)  # goes on from step 100
-        with mock.patch(**save_each_time()), mock.patch("ppo.gae", lambda *x: gae(*x) * math.inf):
-            self.fails(ppo.main, RL, "at iteration 1; lower --lr")
-        self.assertEqual((len(read_log("r")), model.load("r/state.pt")["step"]), (1, 0))
+        self.assertIn("p resumes after step 100", quiet(pretrain.main, PRETRAIN)[1])
 
     def test_checkpoints_that_cannot_be_used(self):
         class Malicious:
@@ -1221,8 +1126,7 @@ class Scripts(Case):
         wrong += [whole | dict(config=whole["config"] | {name: size}) for name, size in (
             ("n_layer", 10**6), ("n_head", 3), ("n_embd", 10**5), ("block_size", -1),
             ("vocab_size", 41))]
-        wrong += [{name: x for name, x in whole.items() if name != missing} for missing in whole
-                  if missing not in ("settings",)]
+        wrong += [{name: whole[name] for name in whole.keys() - {missing}} for missing in whole]
         for i, other in enumerate(wrong):
             torch.save(other, f"foreign{i}.pt")
             self.fails(ppo.main, ["--checkpoint", f"foreign{i}.pt"], f"cannot use foreign{i}.pt")
@@ -1257,9 +1161,10 @@ class Scripts(Case):
         self.fails(pretrain.main, ["--digits", "99"], "GiB of memory")
         self.assertEqual(os.listdir(), ["p"], "nothing was written")
         Path("file").touch()
-        for out in "file", "file/run", "x" * 300:
+        for out, message in (("file", "file"), ("file/run", "file"), ("x" * 300, "x" * 80),
+                             ("", "--out is empty")):
             for fresh in [], ["--fresh"]:
-                self.fails(pretrain.main, [*PRETRAIN, "--out", out, *fresh], out[:80])
+                self.fails(pretrain.main, [*PRETRAIN, "--out", out, *fresh], message)
 
     def test_fuzz(self):
         """Odd command lines, and runs whose files were damaged: a result or one line."""
@@ -1272,7 +1177,7 @@ class Scripts(Case):
             names = sorted(vars(script.parse_args([])).keys() - {"fresh"})
             changes = [f"--{name}={rng.choice(odd)}" for name in rng.choice(names, 2)]
             self.ends_well(script.main, [*tiny[script], *changes, "--fresh"])
-        self.finished([*RL, "--fresh", "--out", "r"])
+        self.finished("--fresh")
         for _ in range(300 if SLOW else 10):
             copy = shutil.copytree("r", "copy")
             path = Path(copy, rng.choice(pretrain.Run.FILES))
@@ -1286,13 +1191,8 @@ class Scripts(Case):
             shutil.rmtree(copy)
 
     def ends_well(self, script, argv):
-        try:
-            code = quiet(script, argv)[0]
-        except SystemExit as stopped:
-            code = stopped.code
-        except Exception as error:
-            raise AssertionError(f"{script.__module__} {argv}") from error
-        self.assertIn(code, (0, 2), argv)
+        with self.subTest(argv=argv):
+            self.assertIn(ended(script, argv)[0], (0, 2))
 
     def test_help(self):
         """Each script's --help has all its options; analyze.py alone names its verbs."""
@@ -1302,13 +1202,10 @@ class Scripts(Case):
                 (main, ["--help"], ["--slow", "--points", "--json", "--handout", "--only"]),
                 (analyze.main, [], ["answer", "tokens", "explain", "curves", "compare"]),
                 (analyze.main, ["tokens", "--help"], ["--problems", "--temperature"])):
-            out = io.StringIO()
-            with mock.patch("sys.argv", ["", *argv]), contextlib.redirect_stdout(out):
-                with contextlib.redirect_stderr(out), self.assertRaises(SystemExit) as caught:
-                    script()
-            self.assertEqual(caught.exception.code, 0 if argv else 2)
+            code, printed, errors = ended(script, argv)
+            self.assertEqual(code, 0 if argv else 2)
             for word in words:
-                self.assertIn(word, out.getvalue())
+                self.assertIn(word, printed + errors)
 
     def test_folder_names(self):
         """Short, legal on Windows, the same for the same settings and no others."""
@@ -1894,44 +1791,40 @@ class Solutions(Case):
 
 
 class Independent(Rollouts):
-    def second_opinion(self):
-        """A rollout; and over all its answer tokens at once: pi, ref, weight, k2."""
-        self.reference = tiny_model(seed=7, std=0.6)
+    def test_one_epoch_of_one_minibatch(self):
+        """Over all answer tokens at once. The policy's gradient is A2C's, that of -A log pi +
+        kl_coef J^alpha k2 - entropy_coef H, clipped to norm 1; none is the critic's. The figures
+        are those of the rollout; then of actions that the policy takes twice as often by now, with
+        twice the weight."""
         batch = self.rollout()
-        batch["advantages"] += torch.randn(batch["mask"].shape, generator=seeded())
-        policy = copy.deepcopy(self.policy)
-        pi, ref = (torch.distributions.Categorical(logits=x[batch["mask"] > 0]) for x in (
-            policy(batch["states"])[0] / 1.5, batch["ref_logits"]))
-        actions = batch["actions"][batch["mask"] > 0]
-        k2 = (pi.log_prob(actions) - ref.log_prob(actions)) ** 2 / 2
-        return batch, policy, pi, ref, (1 - ref.entropy() / math.log(40)) ** 2, k2
-
-    def test_logged_figures(self):
-        """Those of one minibatch; and of actions that the policy takes twice as often by now."""
-        batch, _, pi, ref, weight, k2 = self.second_opinion()
-        error = self.value_head(self.policy(batch["states"])[1]) - batch["returns"]
-        got, _ = self.update(batch)
-        for name, x in dict(kl=torch.distributions.kl_divergence(pi, ref), penalty=weight * k2,
-                            entropy=pi.entropy(), value_loss=error[batch["mask"] > 0] ** 2 / 2,
-                            weight=weight).items():
-            self.assertGreater(abs(got[name]), 0.001, name)
-            self.assertAlmostEqual(got[name] / x.mean().item(), 1, delta=0.001, msg=name)
-        again, _ = self.update(batch | dict(old_logp=batch["old_logp"] - math.log(2)))
-        self.assertAlmostEqual(again["penalty"] / got["penalty"], 2, places=4)
-        self.assertEqual((got["clip_fraction"], again["clip_fraction"]), (0, 1))
-
-    def test_one_epoch_of_one_minibatch_is_a2c(self):
-        """-A log pi + kl_coef J^alpha k2 - entropy_coef H, the gradient's norm clipped to 1."""
-        batch, policy, pi, _, weight, k2 = self.second_opinion()
-        _, got = self.update(batch, kl_coef=4.0, entropy_coef=0.5)
-        a = batch["advantages"][batch["mask"] > 0]
-        logp = pi.log_prob(batch["actions"][batch["mask"] > 0])
+        here = batch["mask"] > 0
+        batch["advantages"] += torch.randn(here.shape, generator=seeded())
+        logits, hidden = self.policy(batch["states"])
+        error = (self.value_head(hidden) - batch["returns"])[here]
+        pi, ref = (torch.distributions.Categorical(logits=x[here]) for x in (
+            logits / 1.5, batch["ref_logits"]))
+        logp, a = pi.log_prob(batch["actions"][here]), batch["advantages"][here]
+        k2 = (logp - ref.log_prob(batch["actions"][here])) ** 2 / 2
+        weight = (1 - ref.entropy() / math.log(40)) ** 2
         terms = [-(a - a.mean()) / a.std(correction=0) * logp, 4 * weight * k2, -0.5 * pi.entropy()]
         parts = [torch.cat([g.flatten() for g in torch.autograd.grad(
-            term.mean(), policy.parameters(), retain_graph=True)]) for term in terms]
+            term.mean(), self.policy.parameters(), retain_graph=True)]) for term in terms]
         norms = [part.norm().item() for part in parts]
         self.assertGreater(min(norms), 0.3 * max(norms), "each term counts")
-        self.close(got, sum(parts) / max(1, sum(parts).norm()), atol=1e-6)
+
+        got, gradient = self.update(batch, kl_coef=4.0, entropy_coef=0.5)
+        self.close(gradient, sum(parts), atol=1e-6)
+        self.assertGreater(self.value_head[4].weight.grad.abs().sum().item(), 0)
+        self.assertAlmostEqual(self.update(batch, kl_coef=1e3)[1].norm().item(), 1, places=4)
+        for name, x in dict(kl=torch.distributions.kl_divergence(pi, ref), penalty=weight * k2,
+                            entropy=pi.entropy(), value_loss=error**2 / 2, weight=weight).items():
+            self.assertGreater(abs(got[name]), 0.001, name)
+            self.assertAlmostEqual(got[name] / x.mean().item(), 1, delta=0.001, msg=name)
+        again, _ = self.update(batch | dict(old_logp=batch["old_logp"] - math.log(2),
+                                            weight=2 * batch["weight"]))
+        self.assertAlmostEqual(again["penalty"] / got["penalty"], 4, places=4)
+        self.assertAlmostEqual(again["weight"] / got["weight"], 2, places=4)
+        self.assertEqual((got["clip_fraction"], again["clip_fraction"]), (0, 1))
 
 
 if __name__ == "__main__":
