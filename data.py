@@ -82,7 +82,7 @@ def is_complete(text):
 
 def grade(text, a, b):
     """True if the line after the first line "</scratch>" is a + b, its digits separated by single
-    spaces: grade("...</scratch>\\n3 9 5\\n", 367, 28) is True, whether the working is right or not.
+    spaces: grade("...\\n</scratch>\\n3 9 5\\n", 367, 28) is True, whatever the working says.
     False without the line break: "3 9 5" may be the beginning of "3 9 5 1".
     """
     result, line_break, _ = text.partition("</scratch>\n")[2].partition("\n")

@@ -37,7 +37,8 @@ def attention(q, k, v, mask):
     """softmax(q k^T / sqrt(D) + mask) v: for each of T tokens a mean of the values it may look at.
 
     q (B, H, T, D); k and v (B, H, S, D); mask (T, S): 0 where a token may look, else -inf.
-    Returns (B, H, T, D) in the dtype of q, k, v and mask. Gradients flow to q, k and v.
+    Returns (B, H, T, D) in the dtype of q, k, v and mask. Gradients flow to q, k and v. Write out
+    products and softmax; PyTorch's own attention does not count.
     """
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, H, T, S)
     scores += mask

@@ -94,7 +94,7 @@ class ValueHead(nn.Sequential):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalized advantage estimation (Schulman et al. 2016), all (B, T); 0 outside the mask.
+    """Generalized advantage estimation (Schulman et al. 2016). All (B, T); A is 0 outside the mask.
 
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = delta_t + gamma lam A_{t+1}
     A row's actions are those with mask 1, one after the other. After the last the episode has

@@ -238,8 +238,10 @@ def judge_answer(self):
              "[] + [] , A=[0,0,1,3] C=1 , END", "1 0 0 1 3"),  # the result shows the final carry
             (0, 0, "[0] + [0] , A=[] , C=0 , 0+0+0=0 , A->0 , C->0",
              "[] + [] , A=[0] C=0 , END", "0"),
-            (0, 5, "[0] + [5] , A=[] , C=0 , 0+5+0=5 , A->5 , C->0",
-             "[] + [] , A=[5] C=0 , END", "5"),
+            (0, 10**20 - 1,  # neither a float nor an int64 holds it
+             *(f"[{'0'[i:]}] + [{','.join('9' * (20 - i))}] , A=[{','.join('9' * i)}] , C=0 , "
+               "0+9+0=9 , A->9 , C->0" for i in range(20)),
+             f"[] + [] , A=[{','.join('9' * 20)}] C=0 , END", " ".join("9" * 20)),
             (105, -99, "[1,0,5] - [9,9] , A=[] , C=0 , 5-9-0=-4 , A->6 , C->1",
              "[1,0] - [9] , A=[6] , C=1 , 0-9-1=-10 , A->0 , C->1",
              "[1] - [] , A=[0,6] , C=1 , 1-0-1=0 , A->0 , C->0",
@@ -264,7 +266,7 @@ def judge_grade(self):
     wrong = ["4 0 0\n3 9 5\n", f"4 0 0{end}3 9 5\n", "3 9 5", "3 9\n", "3 9 6\n", "3 9 5 0\n",
              "395\n", "3  9 5\n", "3 9 5 \n", " 3 9 5\n", "0 3 9 5\n", "3 9 5\r\n", "\n3 9 5\n",
              "3 9 5\u2028\n", "٣ ٩ ٥\n", "\x00\ud800😀", ""]
-    wrong = [end + text for text in wrong] + ["3 9 5\n", "</scratch>3 9 5\n",
+    wrong = [end + text for text in wrong] + ["3 9 5\n", "</scratch> 3 9 5\n",
                                               "/scratch>\n3 9 5\n", ""]
     for text in right + wrong:
         self.check(data.grade, (text, 367, 28), text in right)
@@ -277,7 +279,9 @@ def judge_grade(self):
            "masked_fill(mask != 0, -math.inf).softmax(3).matmul(v)"],
     slips={
         "no mask": ("scores += mask", "pass"),
-        "a causal mask of its own": ("+= mask", "+= torch.full_like(mask, -1e9).triu(1)"),
+        "a causal mask of its own": ("+= mask", "+= torch.full_like(mask, -1e9).triu("
+                                     "1 + mask.shape[1] - len(mask))"),
+        "exp of the scores": ("F.softmax(scores, -1)", "scores.exp() / scores.exp().sum(-1, True)"),
         "the root of T": ("q.shape[-1]", "q.shape[-2]"),
         "softmax over the queries": ("scores, -1", "scores, -2"),
         "a reshape": ("k.transpose(-2, -1)", "k.reshape(*k.shape[:2], -1, k.shape[2])"),
@@ -290,16 +294,16 @@ def judge_grade(self):
         "a library's": "lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask)"})
 def judge_attention(self):
     # D = 9. Head 1: token 0 sees itself. Token 1 has scores 3 log 3 and 0, over sqrt(D):
-    # weights 3/4 and 1/4. Head 2: all scores are 0, so token 1 has the mean of both values.
+    # weights 3/4 and 1/4. Head 2: all scores of token 1 are 200, so it has the mean of both values.
     *worked, means = F.pad(torch.tensor([
-        [[[[1.0, 0], [math.log(3), 0]], [[0.0, 0], [0, 0]]]],
-        [[[[3.0, 0], [0, 0]], [[1.0, 1], [2, 2]]]], [[[[4.0, 8], [0, 4]], [[2.0, 0], [0, 6]]]],
+        [[[[1.0, 0], [math.log(3), 0]], [[-600.0, 0], [600, 0]]]],
+        [[[[3.0, 0], [0, 0]], [[1.0, 1], [1, 2]]]], [[[[4.0, 8], [0, 4]], [[2.0, 0], [0, 6]]]],
         [[[[4.0, 8], [3, 7]], [[2.0, 0], [1, 3]]]]]), (0, 7))
-    # With a cache: T = 2 new tokens see the first 4 and 5 of S = 5; B, H, D = 2, 3, 4.
+    # As with a cache S > T, but T = 2 tokens see the first 3 and 4 of S = 5; B, H, D = 2, 3, 4.
     q, k, v = torch.randint(-9, 10, (3, 2, 3, 5, 4), generator=seeded()) / 4
     cached = [x.clone().requires_grad_() for x in (q[:, :, 3:], k, v)]
     for given, mask in (worked, torch.full((2, 2), -math.inf).triu(1)), (
-            cached, torch.full((2, 5), -math.inf).triu(4)):
+            cached, torch.full((2, 5), -math.inf).triu(3)):
         if given is cached:
             means = F.scaled_dot_product_attention(*given, mask)
         with NoFusedAttention():
@@ -322,6 +326,7 @@ def judge_attention(self):
         "no temperature": (" / temperature", ""),
         "no generator": (", generator=generator)", ")"),
         "the same numbers at each call": ("generator=generator)", "generator=torch.Generator())"),
+        "or without a generator": ("=generator)", "=generator or torch.Generator())"),
         "dimensions of 1 vanish": ("[:-1])", "[:-1]).squeeze()"),
         "softmax over the rows": ("temperature, -1", "temperature, 0"),
         "nearly 0": ("temperature == 0", "temperature < 0", "/ temperature",
@@ -339,16 +344,17 @@ def judge_sample(self):
     self.check(model.sample, (near, 0), [1] * 8, "temperature 0 is greedy, exactly")
     logits = torch.tensor([0.0, 2.0, 4.0]).repeat(20000, 1)
     for temperature in (0.5, 1.0, 2.0):
-        generator = seeded()
-        drawn, _ = self.call(model.sample, logits, temperature, generator)
+        drawn, _ = self.call(model.sample, logits, temperature, seeded())
         e = [math.exp(x / temperature) for x in (0, 2, 4)]
         self.compare(torch.bincount(drawn, minlength=3) / 20000, "the shares of tokens in 20,000 "
                      f"rows of sample([0, 2, 4], {temperature})", [x / sum(e) for x in e],
                      tolerance=0.018)  # 5 standard errors
         if not torch.equal(model.sample(logits, temperature, seeded()), drawn):
             self.fail("\nsample with a generator of the same seed draws other tokens")
-        if torch.equal(model.sample(logits, temperature, generator), drawn):
-            self.fail("\nsample with the same generator, called again, draws the same tokens")
+    for again in seeded(), None:
+        if torch.equal(*(model.sample(logits[:999], 2.0, again) for _ in range(2))):
+            self.fail(f"\nsample with {'a' if again else 'no'} generator, called again, draws "
+                      "the same tokens")
     drawn = model.sample(torch.zeros(100, 100, 2), 1.0, seeded()).float()
     for means in drawn.mean(0), drawn.mean(1):  # 6 standard errors
         self.assertLess((means - 0.5).abs().max(), 0.3, "\nsample of logits (100, 100, 2) does not "
@@ -375,7 +381,7 @@ def judge_certainty(self):
     self.check(kl.certainty, (logits,), [[0.125, 0, 0.3216102], [0.3216102, 0.125, 0.125]],
                "the softmax and the sum are over the last axis, the vocabulary")
     extreme = torch.tensor([[[0.0, -200, -200, -200], [-200, 0, 0, -200]]])
-    for given in extreme, extreme + 100, extreme.masked_fill(extreme < 0, -math.inf):
+    for given in extreme, extreme + 100, extreme.masked_fill(extreme < 0, -math.inf) - 100:
         got, call = self.call(kl.certainty, given)
         self.assertFalse(got.isnan().any(), f"\n{call} is nan: 0 log 0 gives nan, but p log p is 0 "
                          "where p is 0; and exp(100) is infinite")
@@ -427,7 +433,8 @@ def gae(rewards, values, mask, gamma, lam):
 def judge_gae(self):
     for rewards, values, mask, gamma, lam, expected in (
             ([[0.0, 1]], [[0.0, 0]], [[1.0, 1]], 1, 1, [[1.0, 1]]),
-            # delta_1 = 1 - 4 = -3; delta_0 = 0 + 4/2 - 2 = 0; A_0 = 0 + (1/2)(1/4)(-3)
+            # delta_1 = 1 - 4 = -3, delta_0 = 0 + 4/2 - 2 = 0, A_0 = 0 + (1/2) lam (-3)
+            ([[0.0, 1]], [[2.0, 4]], [[1.0, 1]], 0.5, 0, [[0.0, -3]]),
             ([[0.0, 1]], [[2.0, 4]], [[1.0, 1]], 0.5, 0.25, [[-0.375, -3]]),
             # Prompts before the answers and padding after them; gamma lam = 0.4. Row 0: delta is
             # 1, -3.5, 1; A_2 = -3.5 + 0.4 * 1, A_1 = 1 + 0.4 A_2. Row 1: delta is -1, -0.5, -2.
