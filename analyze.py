@@ -96,7 +96,8 @@ def sign_flip_p(differences):
 
 
 # ------------------------------------------------------------------ the folders of runs
-Record = namedtuple("Record", "folder settings log accuracies")  # what a run has written
+# What a run has written. model: the name of its pre-trained model.
+Record = namedtuple("Record", "folder model settings log accuracies")
 AGAIN = "make the run again, with --fresh or another --out"
 
 
@@ -145,8 +146,10 @@ def load_run(folder):
             stop(f"{folder} mixes two runs: accuracies.json has other settings than settings.json; "
                  f"{AGAIN}")
     steps = log["step"] if "step" in log else log["iteration"]
-    has_begun = len(steps) > 0 and steps[-1] >= 1
-    return Record(folder, settings, log, accuracies) if has_begun else None
+    if len(steps) == 0 or not steps[-1] >= 1:  # nan is not
+        return None
+    model = str(settings.get("pretrained", f"seed {settings['seed']}"))
+    return Record(folder, model, settings, log, accuracies)
 
 
 def load_runs(names):
@@ -195,32 +198,34 @@ def group_runs(runs):
     varying = [name for name in sorted(others)
                if len({str(run.settings.get(name)) for run in runs}) > 1]
 
-    def place(run):
-        x = run.settings
-        control, values = x.get("kl_weight", "certainty"), [x.get(name) for name in varying]
-        numbers = [value if isinstance(value, (int, float)) else 0 for value in values]
-        return (x.get("kl_coef") == 0, control != "certainty", x.get("alpha", 0),
-                -x.get("kl_coef", 0), str(control), numbers, str(values))
-
     groups = {}
-    for run in sorted(runs, key=place):
+    for run in runs:
         words = [f"{name} {run.settings.get(name, '-')}" for name in varying]
         label = ", ".join([penalty_in_words(run.settings), *words])
         groups.setdefault(label, []).append(run)
-    return groups
+
+    def place(label):
+        x = groups[label][0].settings
+        is_control = x.get("kl_weight", "certainty") != "certainty"
+        return x.get("kl_coef") == 0, is_control, x.get("alpha", 0), -x.get("kl_coef", 0), label
+
+    return {label: groups[label] for label in sorted(groups, key=place)}
 
 
 def model_means(runs, value):
     """value(run), a number or (rows,), of runs -> {pre-trained model: its mean over the seeds}."""
     found = {}
     for run in runs:
-        model = str(run.settings.get("pretrained", f"seed {run.settings['seed']}"))
-        found.setdefault(model, []).append(value(run))
+        found.setdefault(run.model, []).append(value(run))
     return {model: np.mean(values, 0) for model, values in found.items()}
 
 
 def n_models(runs):
-    return len(model_means(runs, lambda run: 0))
+    return len({run.model for run in runs})
+
+
+def all_runs(groups):
+    return [run for runs in groups.values() for run in runs]
 
 
 # ------------------------------------------------------------------ words, tables, figures
@@ -244,8 +249,7 @@ MOST_ROWS, MOST_CURVES = 30, 8  # settings in a figure: more are not legible
 
 def title(name, groups):
     """"nk_identical" -> "two 6-digit numbers, %"; "two N+k-digit numbers" if runs differ in N."""
-    lengths = {(run.settings["digits"], run.settings["extra_digits"])
-               for runs in groups.values() for run in runs}
+    lengths = {(run.settings["digits"], run.settings["extra_digits"]) for run in all_runs(groups)}
     n, long = "N", "N+k"
     if len(lengths) == 1:
         [(n, k)] = lengths
@@ -328,12 +332,14 @@ def save_figure(figure, folder, name):
 
 # ------------------------------------------------------------------ a model reads and writes
 CLASSES = ("critical token", "copied digit", "elsewhere")
-# text: prompt + answer. logits (len(text), V): what the model expects before each character.
-# start: of the answer. error: the first wrong character, math.inf without one. classes (len(text),)
+# text: prompt + answer of L characters. logits (L, V): what the model expects before each.
+# start: index of the answer; error: of the first wrong character, math.inf without one.
+# classes (L,): that of each character, one of CLASSES.
 Answer = namedtuple("Answer", "a b text logits start error classes")
 
 
 def right_text(a, b):
+    """The text that the model should write, with its prompt."""
     return data.prompt(a, b) + data.answer(a, b)
 
 
@@ -348,23 +354,22 @@ def read_logits(model, texts):
         lengths = torch.tensor([len(row) for row in rows], device=ids.device)
         for row, logits in zip(rows, read(model, ids, lengths)[0].cpu()):
             if not logits[: len(row)].isfinite().all():
-                stop("this model's logits are not finite, as its weights are too large; use "
-                     "another one")
+                stop("this model's logits are not finite, its weights are too large; use another")
             found.append(torch.cat([torch.zeros_like(logits[:1]), logits[: len(row) - 1]]))
     return found
 
 
 def read_answers(model, pairs, texts, n_digits):
-    """Problems (a, b), their texts by this or another writer, as the model reads them -> [Answer].
-    """
+    """The model reads a text, right or wrong, to each problem (a, b) -> [Answer]."""
     answers = []
     for (a, b), text, logits in zip(pairs, texts, read_logits(model, texts)):
-        classes = np.full(max(len(text), len(right_text(a, b))), "elsewhere", dtype=object)
+        classes = np.full(len(text), "elsewhere", dtype=object)
         for (_, _, name), index in data.critical_positions(a, b, n_digits).items():
-            classes[index] = "copied digit" if name == "copied" else "critical token"
+            if index < len(text):  # it may have ended before
+                classes[index] = "copied digit" if name == "copied" else "critical token"
         error = data.first_error(text, a, b)
         answers.append(Answer(a, b, text, logits, len(data.prompt(a, b)),
-                              math.inf if error is None else error, classes[: len(text)]))
+                              math.inf if error is None else error, classes))
     return answers
 
 
@@ -725,7 +730,7 @@ def draw_curves(groups, names):
     """Learning curves of columns of log.csv -> figure: a panel a column, a curve a setting. Bands
     would hide each other, so the 95% intervals stand at the curves' ends, side by side.
     """
-    logs = [run.log for runs in groups.values() for run in runs]
+    logs = [run.log for run in all_runs(groups)]
     names = [name for name in names if all(name in log for log in logs)]
     if not names or len({"episodes" in log for log in logs}) > 1:
         stop("these runs have not all logged what is to be shown")
@@ -796,7 +801,8 @@ def verdict(differences):
 def compare_text(groups):
     """The results of each setting, and how far each is from the first one on the same models."""
     first, *others = groups
-    everything, names = [run for runs in groups.values() for run in runs], (*OUTCOMES, "kl")
+    everything = all_runs(groups)
+    names = (*OUTCOMES, "kl")
     titles = [title(name, groups) for name in names]
 
     def row(label, runs, when="after"):
@@ -848,7 +854,7 @@ def draw_compare(groups):
 def compare(args):
     """Print the results of runs and save them as a picture."""
     groups = group_runs(load_runs(args.runs))
-    n = n_models([run for runs in groups.values() for run in runs])
+    n = n_models(all_runs(groups))
     if n > 40:
         stop(f"the exact p of {n} models would take too long; compare at most 40")
     text = compare_text(groups)
