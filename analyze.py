@@ -6,8 +6,9 @@
     python analyze.py curves out/ppo_*            learning curves
     python analyze.py compare out/ppo_*           what was learned and kept, paired by model
 
-Runs that differ only in their pre-trained model, seed or evaluations make one setting. Its figures
-are means over the pre-trained models, with 95% intervals.
+Runs that differ only in their pre-trained model, seed or evaluations are a group, which has one
+setting. Its figures are means over the pre-trained models, with 95% intervals.
+B sequences, T tokens, V vocabulary.
 """
 import argparse
 import copy
@@ -19,6 +20,7 @@ import math
 import re
 import signal
 import sys
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -64,12 +66,12 @@ def interval(values):
     return mean, mean - half, mean + half
 
 
-def wilson_interval(k, n):
-    """k of n and Wilson's 95% interval -> (k / n, low, high): 5 of 5 is 1 [0.57, 1]."""
-    z = 1.959964
-    centre = (k + z**2 / 2) / (n + z**2)
-    half = z / (n + z**2) * math.sqrt(k * (n - k) / n + z**2 / 4)
-    return k / n, max(0.0, centre - half), min(1.0, centre + half)
+def signed_sums(values):
+    """The sums for all choices of the values' signs: 1, 2 -> 3, 1 - 2, -1 + 2, -3 in any order."""
+    sums = np.zeros(1)
+    for x in values:
+        sums = np.concatenate([sums + x, sums - x])
+    return sums
 
 
 def sign_flip_p(differences):
@@ -79,34 +81,24 @@ def sign_flip_p(differences):
     2 / 2^n. 1, 2, 3: of the 8 choices +++ and --- reach 6, so p = 0.25.
     """
     differences = np.array(differences, float)
-    n = len(differences)
-    if n > 40:
-        raise ValueError(f"the exact p of {n} models would take too long; compare at most 40")
-    if not np.isfinite(differences).all():
-        raise ValueError("there is no p of differences that are nan or infinite")
-    least = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()  # equal sums differ by 1e-16
-    if least <= 0:
+    rounding = 1e-9 * np.abs(differences).sum()  # equal sums may differ by as much
+    observed = abs(differences.sum()) - rounding
+    if observed <= 0:
         return 1.0
-    # All sums of each half, 2^(n/2), are listed. For each of the left half's sums we look up how
-    # many of the right half's reach `least` together with it. As many choices reach -least.
-    left, right = (functools.reduce(lambda sums, x: np.concatenate([sums + x, sums - x]), half,
-                                    np.zeros(1)) for half in np.split(differences, [n // 2]))
-    right.sort()
+    # 2^40 sums are too many, but 2^20 of each half are not. For each sum of the left half we look
+    # up how many of the right half's reach `observed` together with it.
+    n = len(differences)
+    left, right = map(signed_sums, np.split(differences, [n // 2]))
     left.sort()  # neighbours look up neighbours: much faster
-    n_enough = len(right) - np.searchsorted(right, least - left)
-    return 2 * int(n_enough.sum()) / 2**n
+    right.sort()
+    n_enough = int((len(right) - np.searchsorted(right, observed - left)).sum())
+    return 2 * n_enough / 2**n  # as many choices reach -observed
 
 
-def paired_differences(values, first):
-    """{pre-trained model: value} of two settings -> [value - first's] of the models in both."""
-    return [values[model] - first[model] for model in sorted(values.keys() & first.keys())]
-
-
-# ------------------------------------------------------------------ runs and settings
-Run = namedtuple("Run", "folder settings log accuracies")
-PENALTY = {"alpha", "kl_coef", "kl_weight"}
+# ------------------------------------------------------------------ the folders of runs
+# What a run has written. model: the name of its pre-trained model.
+Record = namedtuple("Record", "folder model settings log accuracies")
 AGAIN = "make the run again, with --fresh or another --out"
-POOLED = {"eval_every", "eval_problems", "final_problems", "checkpoint", "seed", "pretrained"}
 
 
 def parse_settings(path):
@@ -141,7 +133,7 @@ def parse_accuracies(path):
 
 
 def load_run(folder):
-    """-> Run, its accuracies {} if it is not finished; None if it has no iteration so far."""
+    """-> Record, its accuracies {} if the run is not finished; None before its first iteration."""
     if not folder.is_dir():
         stop(f"{folder} is no folder; a run is a folder that pretrain.py or ppo.py wrote")
     if not (folder / "log.csv").exists():
@@ -153,12 +145,15 @@ def load_run(folder):
         if accuracies.get("settings") != settings:
             stop(f"{folder} mixes two runs: accuracies.json has other settings than settings.json; "
                  f"{AGAIN}")
-    steps = log["step" if "step" in log else "iteration"]
-    return Run(folder, settings, log, accuracies) if len(steps) and steps[-1] >= 1 else None
+    steps = log["step"] if "step" in log else log["iteration"]
+    if len(steps) == 0 or not steps[-1] >= 1:  # nan is not
+        return None
+    model = str(settings.get("pretrained", f"seed {settings['seed']}"))
+    return Record(folder, model, settings, log, accuracies)
 
 
 def load_runs(names):
-    """Folders, or patterns of them, which not every shell expands -> [Run], each folder once."""
+    """Folders, or patterns of them, which not every shell expands -> [Record], each folder once."""
     runs = {}
     for name in names:
         found = [name] if Path(name).exists() else sorted(glob.glob(name))  # a name may hold [ ]
@@ -173,6 +168,11 @@ def load_runs(names):
     return [run for run in runs.values() if run is not None]
 
 
+# ------------------------------------------------------------------ groups of runs
+PENALTY = {"alpha", "kl_coef", "kl_weight"}
+POOLED = {"eval_every", "eval_problems", "final_problems", "checkpoint", "seed", "pretrained"}
+
+
 def penalty_in_words(settings):
     """"alpha 3"; "alpha 0, kl_coef 0.05"; "alpha 3, matched"; "oracle"; "no penalty"."""
     if "kl_coef" not in settings:
@@ -180,57 +180,63 @@ def penalty_in_words(settings):
     if settings["kl_coef"] == 0:
         return "no penalty"
     control = str(settings.get("kl_weight", "certainty"))
-    words = [control] if control == "oracle" else [f"alpha {settings.get('alpha', 0):g}"]
+    words = [] if control == "oracle" else [f"alpha {settings.get('alpha', 0):g}"]
     if settings["kl_coef"] != 0.1:  # the default
         words.append(f"kl_coef {settings['kl_coef']:g}")
-    if control not in ("oracle", "certainty"):
+    if control != "certainty":
         words.append(control)
     return ", ".join(words)
 
 
-def by_setting(runs):
-    """-> {setting in words: {pre-trained model: [the run of each seed]}}.
+def group_runs(runs):
+    """[Record] -> groups: {setting in words: [Record]}.
 
     The words are the penalty and all other settings in which the runs differ, but for those of
     POOLED. Order: by alpha, then from the largest coefficient down; controls, and last no penalty.
     """
-    others = sorted({name for run in runs for name in run.settings} - PENALTY - POOLED)
-    varying = [name for name in others if len({str(run.settings.get(name)) for run in runs}) > 1]
+    others = {name for run in runs for name in run.settings} - PENALTY - POOLED
+    varying = [name for name in sorted(others)
+               if len({str(run.settings.get(name)) for run in runs}) > 1]
 
-    def in_words(run):
+    groups = {}
+    for run in runs:
         words = [f"{name} {run.settings.get(name, '-')}" for name in varying]
-        return ", ".join([penalty_in_words(run.settings), *words])
+        label = ", ".join([penalty_in_words(run.settings), *words])
+        groups.setdefault(label, []).append(run)
 
-    def order(run):
-        x = run.settings
-        values = [x.get(name) for name in varying]
-        return (x.get("kl_coef") == 0, x.get("kl_weight", "certainty") != "certainty",
-                x.get("alpha", 0), -x.get("kl_coef", 0), str(x.get("kl_weight")),
-                [(0, v, "") if isinstance(v, (int, float)) else (1, 0, str(v)) for v in values])
+    def place(label):
+        x = groups[label][0].settings
+        is_control = x.get("kl_weight", "certainty") != "certainty"
+        return x.get("kl_coef") == 0, is_control, x.get("alpha", 0), -x.get("kl_coef", 0), label
 
-    settings = {}
-    for run in sorted(runs, key=order):
-        model = str(run.settings.get("pretrained", f"seed {run.settings['seed']}"))
-        settings.setdefault(in_words(run), {}).setdefault(model, []).append(run)
-    return settings
+    return {label: groups[label] for label in sorted(groups, key=place)}
 
 
-def all_runs(settings):
-    """What by_setting returns -> [Run]."""
-    return [run for setting in settings.values() for runs in setting.values() for run in runs]
+def model_means(runs, value):
+    """value(run), a number or (rows,), of runs -> {pre-trained model: its mean over the seeds}."""
+    found = {}
+    for run in runs:
+        found.setdefault(run.model, []).append(value(run))
+    return {model: np.mean(values, 0) for model, values in found.items()}
+
+
+def n_models(runs):
+    return len({run.model for run in runs})
+
+
+def all_runs(groups):
+    return [run for runs in groups.values() for run in runs]
 
 
 # ------------------------------------------------------------------ words, tables, figures
-TITLES = dict(  # columns of log.csv, and what accuracies.json has
+TITLES = dict(  # columns of log.csv, and what accuracies.json has; shares end in %
     nk_identical="two {long}-digit numbers, %", nk_varying="one or two {long}-digit numbers, %",
     n_identical="two {n}-digit numbers, %", n_sampled="two {n}-digit numbers, sampled, %",
     sampled_mix="sampled, training mix, %", success="right answers in training, %",
     p_critical="P(right critical token), %", p_copied="P(right copied digit), %",
     kl="KL, nats a token", loss="loss, nats a token",
     n_nats="loss on 1 to {n} digits, nats a token")
-TITLES |= {f"p_l{line}o{operand}": f"P(last comma), line {line}, operand {operand}, %"
-           for line in (1, 2, 3) for operand in (1, 2)}
-LOOKS = {  # a setting has one colour and one marker in all figures
+LOOKS = {  # colour and marker of a setting, the same in all figures
     "alpha 0": ("black", "o"), "alpha 1": ("#6baed6", "^"), "alpha 3": ("#2171b5", "s"),
     "alpha 10": ("#08306b", "D"), "alpha 100": ("#807dba", "p"), "alpha 1000": ("#3f007d", "*"),
     "alpha 0, kl_coef 0.05": ("0.35", "v"), "alpha 0, kl_coef 0.025": ("0.6", "<"),
@@ -238,17 +244,41 @@ LOOKS = {  # a setting has one colour and one marker in all figures
     "alpha 3, matched": ("#d9a400", "P"), "alpha 100, matched": ("#8c6d00", "P"),
     "alpha 3, shuffled": ("#e6550d", ">"), "alpha 3, threshold": ("#31a354", "d"),
     "oracle": ("#8c510a", "H")}
-SPARE = ("#1b9e77", "s"), ("#e7298a", "^"), ("#666666", "D"), ("#a6761d", "v"), ("#7570b3", "o")
+MOST_ROWS, MOST_CURVES = 30, 8  # settings in a figure: more are not legible
 
 
-def title(name, settings):
+def title(name, groups):
     """"nk_identical" -> "two 6-digit numbers, %"; "two N+k-digit numbers" if runs differ in N."""
-    lengths = {(run.settings["digits"], run.settings["extra_digits"]) for run in all_runs(settings)}
+    lengths = {(run.settings["digits"], run.settings["extra_digits"]) for run in all_runs(groups)}
     n, long = "N", "N+k"
     if len(lengths) == 1:
         [(n, k)] = lengths
         long = n + k
     return TITLES.get(name, name).format(n=n, long=long)
+
+
+def is_share(name):
+    """True if a column of log.csv is shown in %."""
+    return TITLES.get(name, "").endswith("%") or name.startswith("p_")
+
+
+def models_in_words(groups):
+    """"mean of 10 models, 95% interval": what a figure shows of these settings."""
+    counts = [n_models(runs) for runs in groups.values()]
+    if max(counts) == 1:
+        return "one model"
+    few, many = min(counts), max(counts)
+    models = str(many) if few == many else f"{few} to {many}"
+    return f"mean of {models} models, 95% interval"
+
+
+def look(label):
+    """Colour and marker of a setting; those of a setting that is not in LOOKS follow from its name.
+    """
+    i = zlib.crc32(label.encode())
+    spare = f"C{i % 10}", "os^vDP<X>"[i % 9]
+    color, marker = LOOKS.get(label, spare)
+    return dict(color=color, marker=marker)
 
 
 def table(*rows):
@@ -261,22 +291,18 @@ def table(*rows):
 
 def with_interval(values, form):
     """"1.0 [-1.5, 3.5]"; of one value "1.0", of none "-"."""
-    if len(values) < 2:
-        return "".join(format(x, form) for x in values) or "-"
-    return "{:{form}} [{:{form}}, {:{form}}]".format(*interval(values), form=form)
+    if len(values) == 0:
+        return "-"
+    mean, low, high = (format(x, form) for x in interval(values))
+    return mean if len(values) == 1 else f"{mean} [{low}, {high}]"
 
 
-def with_share(k, n):
-    """"5 of 5: 100% [57%, 100%]"."""
-    if n == 0:
-        return "0 of 0"
-    return "{} of {}: {:.0%} [{:.0%}, {:.0%}]".format(k, n, *wilson_interval(k, n))
-
-
-def look(label, i):
-    """Colour and marker of a setting, the i-th of a figure."""
-    color, marker = LOOKS.get(label, SPARE[i % len(SPARE)])
-    return dict(color=color, marker=marker)
+def legible(groups, most):
+    """The first groups, at most as many as a figure can show; says what is left out."""
+    if len(groups) > most:
+        print(f"the picture shows the first {most} of {len(groups)} settings; the others are left "
+              "out; name fewer folders")
+    return dict(list(groups.items())[:most])
 
 
 def new_figure(n_panels, width, height, heading):
@@ -290,11 +316,10 @@ def new_figure(n_panels, width, height, heading):
     return figure, axes
 
 
-def models_in_words(settings):
-    """"mean of 10 models, 95% interval": what is shown of these settings."""
-    counts = sorted({len(setting) for setting in settings.values()})
-    models = " to ".join(str(n) for n in (counts[0], counts[-1])[-len(counts) :])
-    return "one model" if counts == [1] else f"mean of {models} models, 95% interval"
+def add_legend(figure):
+    """Below the panels, what the first one shows."""
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  frameon=False)
 
 
 def save_figure(figure, folder, name):
@@ -305,107 +330,139 @@ def save_figure(figure, folder, name):
     print(f"saved {folder / name}")
 
 
-# ------------------------------------------------------------------ a model's answers
-Answer = namedtuple("Answer", "a b text sure")  # sure: certainty before each character (len(text),)
-COLOURS = LinearSegmentedColormap.from_list("certainty", ["#7f0000", "#d7301f", "#fdbb84", "white"])
-MOST_LINES, MOST_COLUMNS = 90, 130  # of characters in a picture: more are not legible
+# ------------------------------------------------------------------ a model reads and writes
+CLASSES = ("critical token", "copied digit", "elsewhere")
+# text: prompt + answer of L characters. logits (L, V): what the model expects before each.
+# start: index of the answer; error: of the first wrong character, math.inf without one.
+# classes (L,): that of each character, one of CLASSES.
+Answer = namedtuple("Answer", "a b text logits start error classes")
 
 
-def read_texts(model, texts, temperature):
-    """What the model expects before each character -> log-probabilities, (len(text), V) for each
-    text. Row i is what may follow text[:i]; row 0, with nothing before it, is uniform.
+def right_text(a, b):
+    """The text that the model should write, with its prompt."""
+    return data.prompt(a, b) + data.answer(a, b)
+
+
+def read_logits(model, texts):
+    """The model reads texts -> logits (len(text), V) of each, on the CPU. Row i is what may follow
+    text[:i]; row 0, with nothing before it, is 0: all alike. A model that overflows ends in a line.
     """
     found = []
     for start in range(0, len(texts), 64):
         rows = [torch.tensor(data.encode(text)) for text in texts[start : start + 64]]
         ids = pad_sequence(rows, batch_first=True).to(model.lm_head.weight.device)
         lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-        logp = read(model, ids, lengths, temperature)[0].log_softmax(-1).cpu()
-        uniform = torch.full((1, logp.shape[-1]), -math.log(logp.shape[-1]))
-        found += [torch.cat([uniform, x[: len(row) - 1]]) for x, row in zip(logp, rows)]
+        for row, logits in zip(rows, read(model, ids, lengths)[0].cpu()):
+            if not logits[: len(row)].isfinite().all():
+                stop("this model's logits are not finite, its weights are too large; use another")
+            found.append(torch.cat([torch.zeros_like(logits[:1]), logits[: len(row) - 1]]))
     return found
 
 
-def solve_problems(model, pairs, temperature):
-    """Greedy answers to problems [(a, b)] -> (correct (n,), [Answer])."""
+def read_answers(model, pairs, texts, n_digits):
+    """The model reads a text, right or wrong, to each problem (a, b) -> [Answer]."""
+    answers = []
+    for (a, b), text, logits in zip(pairs, texts, read_logits(model, texts)):
+        classes = np.full(len(text), "elsewhere", dtype=object)
+        for (_, _, name), index in data.critical_positions(a, b, n_digits).items():
+            if index < len(text):  # it may have ended before
+                classes[index] = "copied digit" if name == "copied" else "critical token"
+        error = data.first_error(text, a, b)
+        answers.append(Answer(a, b, text, logits, len(data.prompt(a, b)),
+                              math.inf if error is None else error, classes))
+    return answers
+
+
+def solve_problems(model, pairs, n_digits):
+    """Greedy answers -> (correct (n,), [Answer])."""
     correct, texts = solve(model, pairs)
-    return correct, [Answer(*pair, text, certainty(logp).numpy()) for pair, text, logp in
-                     zip(pairs, texts, read_texts(model, texts, temperature))]
+    return correct, read_answers(model, pairs, texts, n_digits)
 
 
-def answer_lines(answer):
-    """-> [(line, certainties (len(line),), place of the first wrong character in it)].
+def check_fits(path, model, length):
+    """Stop if the model has no positions for so many characters of prompt and answer."""
+    if length > model.config.block_size:
+        stop(f"{path} has no positions for {length} characters of problem and answer")
 
-    The place is None in all lines but one. Below that stands the line as it should be; its
-    certainties are None. On top stands what is wrong.
-    """
-    a, b, text, sure = answer
-    right, error = data.prompt(a, b) + data.answer(a, b), data.first_error(text, a, b)
-    lines = [(f"{a}{b:+}: {data.describe_error(text, a, b)}", None, None)]
-    start = len(data.prompt(a, b))
+
+# ------------------------------------------------------------------ answers in text and picture
+# mark: "problem", "wrote" (the line with the first error), "right" (as it should be) or "".
+# sure: certainty before each character, None where the model wrote none. error: a column, or None.
+Line = namedtuple("Line", "mark text sure error")
+WHITE_TO_RED = LinearSegmentedColormap.from_list(
+    "white to red", ["#7f0000", "#d7301f", "#fdbb84", "white"])
+MOST_LINES, MOST_COLUMNS = 90, 130  # of characters in a picture: more are not legible
+
+
+def answer_lines(answer, temperature):
+    """-> [Line]: the problem, what the model wrote and, below its first error, the right line."""
+    a, b, text, logits, start, error, _ = answer
+    sure = certainty(logits / temperature).numpy()
+    lines = [Line("problem", f"{a}{b:+}: {data.describe_error(text, a, b)}", None, None)]
     for line in text[start:].split("\n"):
         end = start + len(line)
-        if error is not None and start <= error <= end:
-            lines.append((line, sure[start:end], error - start))
-            lines.append((right[start:].partition("\n")[0], None, None))
+        if start <= error <= end:
+            right = right_text(a, b)[start:].partition("\n")[0]
+            lines.append(Line("wrote", line, sure[start:end], error - start))
+            lines.append(Line("right", right, None, error - start))
         elif line:
-            lines.append((line, sure[start:end], None))
+            lines.append(Line("", line, sure[start:end], None))
         start = end + 1
     return lines
 
 
-def answer_text(answer):
-    """The answer for a terminal: a ^ below the first wrong character, then the right line."""
-    (heading, _, _), *lines = answer_lines(answer)
-    shown = [heading]
-    for line, sure, wrong in lines:
-        mark = "" if wrong is None else "wrote"
-        shown.append(f"{'right' if sure is None else mark:<7}{line}")
-        if wrong is not None:
-            shown.append(" " * (7 + wrong) + "^")
+def answer_text(lines):
+    """[Line] for a terminal, with a ^ below the first error."""
+    shown = []
+    for line in lines:
+        shown.append(f"{line.mark:<9}{line.text}")
+        if line.mark == "wrote":
+            shown.append(" " * (9 + line.error) + "^")
     return "\n".join(shown)
 
 
 def draw_answers(columns, temperature):
-    """Answers side by side, {title: [Answer]} -> figure (the paper's Figure 5).
+    """Answers side by side, {title: [[Line] of each answer]} -> figure (the paper's Figure 5).
 
-    Colours reach from the least certain character to certainty 1. The first wrong character is
-    outlined; below its line stands, in green, the right one. What is not legible is left out.
+    The less certain the model was, the stronger the colour behind a character. The first wrong
+    character is outlined, and so is, below it, the right one. What does not fit is named.
     """
-    pages = [[line for answer in answers for line in (*answer_lines(answer), ("", None, None))]
+    empty = Line("", "", None, None)
+    pages = [[line for lines in answers for line in (*lines, empty)][:-1]
              for answers in columns.values()]
-    height = min(MOST_LINES, max(map(len, pages)))
-    width = min(MOST_COLUMNS, max(len(line) for page in pages for line, _, _ in page))
-    figure = Figure((len(pages) * (0.085 * width + 0.2) + 0.9, 0.175 * height + 0.8),
+    longest, most = max(len(line.text) for page in pages for line in page), max(map(len, pages))
+    width, height = min(longest, MOST_COLUMNS), min(most, MOST_LINES)
+    if longest > width or most > height:
+        print(f"the picture shows {height} of {most} lines, and {width} of at most {longest} "
+              "characters of a line")
+    figure = Figure((len(pages) * (0.085 * (width + 9) + 0.2) + 0.9, 0.18 * height + 0.8),
                     layout="constrained")
-    figure.suptitle("outlined: the first wrong character; green: the right line", fontsize=9)
+    figure.suptitle("outlined: the first wrong character and, below, the right one", fontsize=9)
     axes = figure.subplots(1, len(pages), squeeze=False)[0]
-    least = min(sure.min(initial=0.99) for page in pages for _, sure, _ in page if sure is not None)
-    scale = Normalize(least, 1)
+    certainties = [line.sure for page in pages for line in page if line.sure is not None]
+    scale = Normalize(min(sure.min(initial=0.99) for sure in certainties), 1)
     for axis, name, page in zip(axes, columns, pages):
         grid = np.ones((height, width))
-        for y, (line, sure, wrong) in enumerate(page[:height]):
+        for y, (mark, text, sure, error) in enumerate(page[:height]):
             if sure is not None:
-                grid[y, : len(line)] = sure[:width]
-            is_right_line = y > 0 and page[y - 1][2] is not None
-            for x, char in enumerate(line[:width]):
-                colour = "#00602b" if is_right_line else "black"
-                axis.text(x, y, char, ha="center", va="center", family="monospace", size=7.5,
-                          color="white" if scale(grid[y, x]) < 0.5 else colour)
-            if wrong is not None:
-                axis.add_patch(Rectangle((wrong - 0.7, y - 0.6), 1.4, 1.2, fill=False, lw=1.5))
-        image = axis.imshow(grid, COLOURS, scale, aspect="auto")
+                grid[y, : len(text)] = sure[:width]
+            colour = "#00602b" if mark == "right" else "black"
+            font = dict(va="center", family="monospace", size=7.5,
+                        weight="bold" if mark in ("problem", "right") else "normal")
+            axis.text(-1.5, y, mark, ha="right", color=colour, **font)
+            for x, char in enumerate(text[:width]):
+                on_dark = scale(grid[y, x]) < 0.5
+                axis.text(x, y, char, ha="center", color="white" if on_dark else colour, **font)
+            if error is not None and error < width:
+                axis.add_patch(Rectangle((error - 0.5, y - 0.5), 1, 1, fill=False, lw=1.8,
+                                         edgecolor=colour, clip_on=False))
+        image = axis.imshow(grid, WHITE_TO_RED, scale, aspect="auto")
+        axis.set_xlim(-9, width - 0.5)
         axis.set_axis_off()
         axis.set_title(name, fontsize=9)
     figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01,
                     label=f"certainty before the character,\nat temperature {temperature:g}")
     return figure
-
-
-def check_fits(path, model, n_digits, task):
-    """Stop if the model has no positions for the longest answer to numbers of n_digits digits."""
-    if data.max_length(n_digits, task) > model.config.block_size:
-        stop(f"{path} has no positions for answers to numbers of {n_digits} digits")
 
 
 # ------------------------------------------------------------------ answer
@@ -421,100 +478,94 @@ def parse_problem(text, task):
     return a, b
 
 
-def place_table(model, a, b, n_digits, temperature, alpha):
-    """What the model expects at each critical token and copied digit, after the right text."""
-    text = data.prompt(a, b) + data.answer(a, b)
-    [logp] = read_texts(model, [text], temperature)
+def place_table(answer, n_digits, temperature, alpha):
+    """What the model expects at each critical token and copied digit of a right answer."""
+    logits, text = answer.logits / temperature, answer.text
+    probs, sure = logits.softmax(-1), certainty(logits)
     names = dict(copied="copied digit", comma1="last comma", digit1="last digit")
     rows = [["place", "right character", "likeliest", "certainty", f"weight at alpha {alpha:g}"]]
-    places = data.critical_positions(a, b, n_digits).items()
-    for (line, operand, name), i in sorted(places, key=lambda item: item[1]):
-        sure, best = certainty(logp[i]).item(), int(logp[i].argmax())
+    places = data.critical_positions(answer.a, answer.b, n_digits)
+    for line, operand, name in sorted(places, key=places.get):
+        i = places[line, operand, name]
+        best = int(probs[i].argmax())
         rows.append([f"line {line}, operand {operand}: {names.get(name, name)}",
-                     f"{text[i]}  {logp[i, data.VOCAB.index(text[i])].exp():.1%}",
-                     f"{data.VOCAB[best]!r:<5}{logp[i, best].exp():.1%}",
-                     f"{sure:.3f}", f"{sure**alpha:.3f}"])
-    return table(*rows) if len(rows) > 1 else f"none: no number has more than {n_digits} digits"
+                     f"{text[i]}  {probs[i, data.VOCAB.index(text[i])]:.1%}",
+                     f"{data.VOCAB[best]!r:<5}{probs[i, best]:.1%}",
+                     f"{sure[i]:.3f}", f"{sure[i] ** alpha:.3f}"])
+    return table(*rows) if places else f"none: no number has more than {n_digits} digits"
 
 
 def answer(args):
     """What one or two models write for one problem, and what they expect at critical tokens."""
-    n_models = 1
-    if len(args.words) > 2 and re.search("[A-Za-z]", args.words[1]):  # no problem has a letter
-        n_models = 2
-    paths, problem = args.words[:n_models], " ".join(args.words[n_models:])
+    paths = [word for word in args.words if any(map(str.isalpha, word))]  # no problem has a letter
+    problem = " ".join(word for word in args.words if word not in paths)
+    if len(paths) not in (1, 2):
+        stop(f"name one or two checkpoints and a problem like 123456+70, not {len(paths)} "
+             "checkpoints")
     columns = {}
-    for name, path in zip(("before: ", "after: ") if n_models == 2 else ("",), paths):
+    for when, path in zip(("before: ", "after: ") if len(paths) == 2 else ("",), paths):
         model, facts = load_checkpoint(path, args.device)
         a, b = parse_problem(problem, facts["task"])
-        if len(data.prompt(a, b) + data.answer(a, b)) > model.config.block_size:
-            stop(f"{path} has no positions for an answer as long as that to {problem}")
-        [correct], [written] = solve_problems(model, [(a, b)], args.temperature)
-        columns[name + path] = [written]
-        print(f"{name}{path}\n{answer_text(written)}\nThe result is "
+        n = facts["digits"]
+        check_fits(path, model, len(right_text(a, b)))
+        [correct], [written] = solve_problems(model, [(a, b)], n)
+        [right] = read_answers(model, [(a, b)], [right_text(a, b)], n)
+        lines = answer_lines(written, args.temperature)
+        columns[when + path] = [lines]
+        print(f"{when}{path}\n{answer_text(lines)}\nThe result is "
               f"{'right' if correct else 'wrong'}. After the right text, at temperature "
               f"{args.temperature:g}, the model expects:\n\n"
-              f"{place_table(model, a, b, facts['digits'], args.temperature, args.alpha)}\n")
+              f"{place_table(right, n, args.temperature, args.alpha)}\n")
     save_figure(draw_answers(columns, args.temperature), args.out, "answer.png")
 
 
 # ------------------------------------------------------------------ tokens
-CLASSES = ("critical token", "copied digit", "elsewhere")
-
-
-def token_classes(a, b, n_digits):
-    """{index into prompt + answer: class}; what is not in it is "elsewhere"."""
-    return {index: "copied digit" if name == "copied" else "critical token"
-            for (_, _, name), index in data.critical_positions(a, b, n_digits).items()}
-
-
-def first_wrong(answers, correct, n_digits):
+def first_wrong(answers, correct, temperature):
     """{class of the first wrong token: answers that go wrong there, failures (those with a wrong
     result), certainty (the mean at these tokens; None of none)}.
     """
     found = {name: [] for name in CLASSES}
     for answer, right in zip(answers, correct):
-        error = data.first_error(answer.text, answer.a, answer.b)
-        if error is not None and error < len(answer.text):
-            name = token_classes(answer.a, answer.b, n_digits).get(error, "elsewhere")
-            found[name].append((not right, answer.sure[error]))
-    return {name: dict(answers=len(x), failures=sum(int(failed) for failed, _ in x),
-                       certainty=float(np.mean([sure for _, sure in x])) if x else None)
+        if answer.error < len(answer.text):
+            sure = certainty(answer.logits[answer.error] / temperature).item()
+            found[answer.classes[answer.error]].append((sure, not right))
+    return {name: dict(answers=len(x), failures=sum(int(failed) for _, failed in x),
+                       certainty=float(np.mean([sure for sure, _ in x])) if x else None)
             for name, x in found.items()}
 
 
-def unsure_tokens(model, pairs, n_digits, temperature):
+def unsure_tokens(answers, temperature):
     """Of the tokens of right answers: how many are critical tokens or copied digits, how many have
     a certainty below 0.9, and how many both -> {"critical", "unsure", "both"}.
     """
-    counts = dict(critical=0, unsure=0, both=0)
-    texts = [data.prompt(a, b) + data.answer(a, b) for a, b in pairs]
-    for (a, b), text, logp in zip(pairs, texts, read_texts(model, texts, temperature)):
-        critical = token_classes(a, b, n_digits).keys()
-        below = (certainty(logp) < 0.9).nonzero()[:, 0].tolist()
-        unsure = {i for i in below if i >= len(data.prompt(a, b))}
-        for name, places in ("critical", critical), ("unsure", unsure), ("both", critical & unsure):
-            counts[name] += len(places)
-    return counts
+    counts = np.zeros(3, int)
+    for answer in answers:
+        critical = answer.classes[answer.start :] != "elsewhere"
+        unsure = certainty(answer.logits[answer.start :] / temperature).numpy() < 0.9
+        counts += critical.sum(), unsure.sum(), (critical & unsure).sum()
+    return dict(zip(("critical", "unsure", "both"), counts.tolist()))
 
 
-def paper_table_1(model, answers, n_digits, temperature):
+def paper_table_1(answers, temperature):
     """The paper's Table 1: certainty at critical tokens minus that at all others (None of none).
 
     Of each critical token that an answer reaches without an error: its certainty minus the mean of
     the whole answer's other tokens. Means over an answer's tokens, then over the answers.
     """
-    differences, texts = [], [answer.text for answer in answers]
-    for (a, b, text, _), logp in zip(answers, read_texts(model, texts, temperature)):
-        start, error = len(data.prompt(a, b)), data.first_error(text, a, b)
-        sure = certainty(logp[start:]).numpy()  # (answer tokens,)
+    differences = []
+    for answer in answers:
+        sure = certainty(answer.logits[answer.start :] / temperature).numpy()  # (answer tokens,)
         others = (sure.sum() - sure) / max(1, len(sure) - 1)
-        last = len(text) - 1 if error is None else min(error, len(text) - 1)
-        reached = [i - start for i, name in token_classes(a, b, n_digits).items()
-                   if name == "critical token" and i <= last]
-        if reached:
-            differences.append((sure - others)[reached].mean())
+        is_reached = np.arange(answer.start, len(answer.text)) <= answer.error
+        chosen = is_reached & (answer.classes[answer.start :] == "critical token")
+        if chosen.any():
+            differences.append((sure - others)[chosen].mean())
     return float(np.mean(differences)) if differences else None
+
+
+def share(k, n):
+    """"5 of 8: 62%"."""
+    return f"{k} of {n}: {k / n:.0%}" if n else "0 of 0"
 
 
 def tokens_text(models):
@@ -526,33 +577,34 @@ def tokens_text(models):
     n_failures = sum(x["first_wrong"][name]["failures"] for x in models for name in CLASSES)
     for name in CLASSES:
         found = [x["first_wrong"][name] for x in models]
-        answers, failures = (sum(x[key] for x in found) for key in ("answers", "failures"))
-        rows.append([name, with_share(failures, n_failures), with_share(failures, answers),
+        n_answers, n_failed = (sum(x[key] for x in found) for key in ("answers", "failures"))
+        rows.append([name, share(n_failed, n_failures), share(n_failed, n_answers),
                      mean([x["certainty"] for x in found], ".3f")])
     critical, unsure, both = (sum(x["right_answers"][key] for x in models)
                               for key in ("critical", "unsure", "both"))
-    paper = [["temperature", *models[0]["table_1"]], ["critical tokens minus others"] + [
-        mean([x["table_1"][temperature] for x in models], "+.3f")
-        for temperature in models[0]["table_1"]]]
+    temperatures = list(models[0]["table_1"])
+    means = [mean([x["table_1"][t] for x in models], "+.3f") for t in temperatures]
+    paper = table(["temperature", *temperatures], ["critical tokens minus others", *means])
     return (f"{table(*rows)}\n\nIn right answers, of the critical tokens and copied digits, "
-            f"{with_share(both, critical)}\nhave a certainty below 0.9. Of all tokens below 0.9, "
-            f"{with_share(both, unsure)} are\nsuch tokens.\n\nThe paper's Table 1, of 50 greedy "
-            "answers (there -0.33, -0.21, -0.13 for N = 3, 5, 7):\n\n"
-            f"{table(*paper)}\n")
+            f"{share(both, critical)}\nhave a certainty below 0.9. Of all tokens below 0.9, "
+            f"{share(both, unsure)} are\nsuch tokens.\n\nThe paper's Table 1, of 50 greedy "
+            f"answers (there -0.33, -0.21, -0.13 for N = 3, 5, 7):\n\n{paper}\n")
 
 
 def tokens(args):
     """Where a model goes wrong, and how sure it is: tokens.json, tokens.png and tables."""
     model, facts = load_checkpoint(args.checkpoint, args.device)
     n, long = facts["digits"], facts["digits"] + args.extra_digits
-    check_fits(args.checkpoint, model, long, facts["task"])
+    check_fits(args.checkpoint, model, data.max_length(long, facts["task"]))
     pairs = data.sample_problems(args.problems, long, "varying", 1, facts["task"])
-    correct, answers = solve_problems(model, pairs, args.temperature)
-    contents = dict(digits=n, extra_digits=args.extra_digits, temperature=args.temperature,
-                    problems=len(pairs), right=int(correct.sum()),
-                    first_wrong=first_wrong(answers, correct, n),
-                    right_answers=unsure_tokens(model, pairs, n, args.temperature),
-                    table_1={t: paper_table_1(model, answers[:50], n, int(t)) for t in "124"})
+    correct, answers = solve_problems(model, pairs, n)
+    right = read_answers(model, pairs, [right_text(a, b) for a, b in pairs], n)
+    contents = dict(
+        digits=n, extra_digits=args.extra_digits, temperature=args.temperature,
+        problems=len(pairs), right=int(correct.sum()),
+        first_wrong=first_wrong(answers, correct, args.temperature),
+        right_answers=unsure_tokens(right, args.temperature),
+        table_1={str(t): paper_table_1(answers[:50], t) for t in (1, 2, 4)})
     text = json.dumps(contents, indent=1, allow_nan=False)
     args.out.mkdir(parents=True, exist_ok=True)
     write_file(args.out / "tokens.json", lambda file: file.write(text.encode()))
@@ -561,16 +613,17 @@ def tokens(args):
     columns = {f"before: {args.checkpoint}": [answers[i] for i in shown]}
     if args.after:
         model, facts = load_checkpoint(args.after, args.device)
-        check_fits(args.after, model, long, facts["task"])
+        check_fits(args.after, model, data.max_length(long, facts["task"]))
         columns[f"after: {args.after}"] = solve_problems(model, [pairs[i] for i in shown],
-                                                        args.temperature)[1]
+                                                         n)[1]
+    columns = {name: [answer_lines(x, args.temperature) for x in written]
+               for name, written in columns.items()}
     save_figure(draw_answers(columns, args.temperature), args.out, "tokens.png")
     for name, written in columns.items():
         print("\n\n".join([f"\n{name}", *map(answer_text, written)]))
-    print(f"\nThe picture shows the first {MOST_LINES} lines at most.\n{correct.sum()} of "
-          f"{len(pairs)} problems with one or two {long}-digit numbers are right, greedy.\n"
-          f"Certainties are at temperature {args.temperature:g}, means over the first wrong tokens."
-          f"\n\n{tokens_text([contents])}")
+    print(f"\n{correct.sum()} of {len(pairs)} problems with one or two {long}-digit numbers are "
+          f"right, greedy.\nCertainties are at temperature {args.temperature:g}, means over the "
+          f"first wrong tokens.\n\n{tokens_text([contents])}")
 
 
 # ------------------------------------------------------------------ explain
@@ -578,14 +631,15 @@ def explain(args):
     """Let a run, as it stands, answer its next problems, and explain one of the answers."""
     import ppo  # no other verb needs it
     settings = read_file(args.run_folder / "settings.json", parse_settings, AGAIN)
-    options = sorted(vars(ppo.parse_args([])).keys() & settings.keys())
-    run = ppo.parse_args([f"--{name}={settings[name]}" for name in options])
-    path = args.checkpoint or run.checkpoint
+    names = sorted(vars(ppo.parse_args([])).keys() & settings.keys())
+    options = ppo.parse_args([f"--{name}={settings[name]}" for name in names])
+    path = args.checkpoint or options.checkpoint
     reference, facts = load_checkpoint(path, args.device)
     reference.requires_grad_(False)
     if ppo.pretrained_name(reference, facts) != settings.get("pretrained"):
         stop(f"{args.run_folder} is no run of ppo.py from {path}; name its model with --checkpoint")
-    check_fits(path, reference, facts["digits"] + run.extra_digits, facts["task"])
+    longest = facts["digits"] + options.extra_digits
+    check_fits(path, reference, data.max_length(longest, facts["task"]))
     policy, step = copy.deepcopy(reference), 0
     value_head = ppo.ValueHead(policy.config.n_embd).to(args.device)
 
@@ -602,28 +656,33 @@ def explain(args):
         step = read_file(args.run_folder / "state.pt", load_state, AGAIN)
     else:
         print("nothing is saved so far: the policy is still the reference, and k2 is 0")
-    pairs, generator = ppo.draw_problems(run, facts, step + 1, args.device)
-    batch = ppo.rollout(policy, value_head, reference, pairs, facts["digits"], run, generator)
-    batch["texts"] = [data.decode([state[0], *actions[:n]]) for state, actions, n in zip(
-        batch["states"].tolist(), batch["actions"].tolist(), batch["n_actions"].tolist())]
-    batch["critical"] = ppo.known_critical(batch["texts"], pairs, facts["digits"], batch["mask"])
+    pairs, generator = ppo.draw_problems(options, facts, step + 1, args.device)
+    for model in (reference, policy):
+        read_logits(model, [right_text(*pairs[0])])  # stops if they are not finite
+    batch = ppo.rollout(policy, value_head, reference, pairs, facts["digits"], options, generator)
     batch["advantages"] = ppo.normalize(batch["advantages"], batch["mask"])
-    print(explain_text(batch, pairs, run.alpha, run.kl_coef))
+    ids = torch.cat([batch["states"][:, :1], batch["actions"]], 1).tolist()
+    texts = [data.decode(row[: n + 1]) for row, n in zip(ids, batch["n_actions"].tolist())]
+    critical = ppo.known_critical(texts, pairs, facts["digits"], batch["mask"])
+    print(explain_text(batch, pairs, texts, critical, options))
 
 
-def explain_text(batch, pairs, alpha, kl_coef):
+def explain_text(batch, pairs, texts, critical, options):
     """One answer of a rollout, token by token, and what the reference expected at one token: the
     right answer with the largest k2 at a critical token or copied digit of weight 1/2 or less.
+
+    critical (B, T): 1.0 at critical tokens and copied digits; options: alpha and kl_coef.
     """
-    J, critical = certainty(batch["ref_logits"]), batch["critical"]  # (B, T)
+    J = certainty(batch["ref_logits"])  # (B, T), as all that follows
     k2 = prioritized_kl(batch["old_logp"], batch["ref_logp"], 1)
     penalty = prioritized_kl(batch["old_logp"], batch["ref_logp"], batch["weight"])
+    loss = -batch["advantages"] + options.kl_coef * penalty  # the ratio is 1; no entropy bonus
     # Before the first update every k2 is 0: then the least certain critical token decides.
     freed = (k2 * (batch["weight"] <= 0.5) + 1e-6 * (1 - J)) * critical
     wrong = batch["success"] < batch["success"].max()  # the wrong answers, if one is right
     i = int(freed.amax(1).masked_fill(wrong, -1).argmax())
-    (a, b), text, at = pairs[i], batch["texts"][i], int(freed[i].argmax())
-    loss = -batch["advantages"] + kl_coef * penalty  # the ratio is 1; no entropy bonus here
+    (a, b), text, at = pairs[i], texts[i], int(freed[i].argmax())
+
     columns = dict(logp_ref=batch["ref_logp"], logp=batch["old_logp"], k2=k2, J=J,
                    weight=batch["weight"], penalty=penalty, A=batch["advantages"], loss=loss)
     lines = [text, f"reward {batch['success'][i]:.0f} ({data.describe_error(text, a, b)}); mean "
@@ -639,87 +698,71 @@ def explain_text(batch, pairs, alpha, kl_coef):
             place = data.place(a, b, t + 1) if known else "after the error"
             lines.append(f"{'*' if critical[i, t] else ' '} {place:<17} {text[t + 1]!r:>5}"
                          + "".join(f"{x[i, t]:9.4f}" for x in columns.values()))
+
     logits = batch["ref_logits"][i, at]
-    probs, V = logits.softmax(-1), len(logits)
-    lines += ["", f"the reference at {data.place(a, b, at + 1)} (written: {text[at + 1]!r})",
-              "  token   logit       p  -p log p"]
+    probs, V, sure = logits.softmax(-1), len(logits), J[i, at].item()
+    rows = [["token", "logit", "p", "-p log p"]]
     for token in probs.argsort(descending=True)[:4].tolist():
         p = probs[token].item()
-        lines.append(f"  {data.VOCAB[token]!r:>5} {logits[token]:7.3f} {p:7.4f} "
-                     f"{-p * math.log(p):9.4f}")
-    sure = J[i, at].item()
+        rows.append([repr(data.VOCAB[token]), f"{logits[token]:.3f}", f"{p:.4f}",
+                     f"{-p * math.log(p):.4f}"])
+    lines += ["", f"the reference at {data.place(a, b, at + 1)} (written: {text[at + 1]!r})",
+              table(*rows)]
     lines.append(f"entropy H of all {V}: {(1 - sure) * math.log(V):.4f}; J = 1 - H / log {V} = "
-                 f"{sure:.4f}; J^{alpha:g} = {sure**alpha:.4f}")
+                 f"{sure:.4f}; J^{options.alpha:g} = {sure**options.alpha:.4f}")
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------ curves
-VIEWS = {  # columns of log.csv
-    "curves": "success nk_identical nk_varying n_identical p_critical kl loss".split(),
-    "critical": "p_l1o1 p_l2o1 p_l3o1 p_l1o2 p_l2o2 p_l3o2 p_copied".split(),  # Figure 7
-    "drift": "kl n_identical n_sampled n_nats".split()}
-
-
-def curve(setting, name):
-    """A column of log.csv, in % where it is a share -> (x (R,), mean, low, high (R, 3)): the means
-    over models and 95% intervals in the rows where all runs have it.
+def curve(runs, name):
+    """A column of log.csv, in % where it is a share -> x (R,), points (R, 3): the mean over models
+    and its 95% interval (low, high) in the rows where all runs have it.
     """
-    logs = [run.log for run in all_runs(dict(setting=setting))]
-    x = min((log["episodes" if "episodes" in log else "step"] for log in logs), key=len)
-    of_models = np.array([np.mean([run.log[name][: len(x)] for run in runs], 0)
-                          for runs in setting.values()])  # (models, rows)
-    known = ~np.isnan(of_models).any(0)
-    points = np.array([interval(values) for values in of_models[:, known].T]).reshape(-1, 3)
-    return x[known], points * (100 if TITLES.get(name, "").endswith("%") else 1)
+    x = min((run.log["episodes" if "episodes" in run.log else "step"] for run in runs), key=len)
+    means = model_means(runs, lambda run: run.log[name][: len(x)])
+    columns = np.array(list(means.values())).T  # (rows, models)
+    known = ~np.isnan(columns).any(1)
+    points = np.array([interval(values) for values in columns[known]]).reshape(-1, 3)
+    return x[known], points * (100 if is_share(name) else 1)
 
 
-def draw_curves(settings, names, first=None):
-    """Learning curves of columns of log.csv -> figure. One column of more than two settings: a
-    panel a setting, in which the first one is repeated, dashed. Else: a panel a column.
+def draw_curves(groups, names):
+    """Learning curves of columns of log.csv -> figure: a panel a column, a curve a setting. Bands
+    would hide each other, so the 95% intervals stand at the curves' ends, side by side.
     """
-    logs = [run.log for run in all_runs(settings)]
+    logs = [run.log for run in all_runs(groups)]
     names = [name for name in names if all(name in log for log in logs)]
     if not names or len({"episodes" in log for log in logs}) > 1:
         stop("these runs have not all logged what is to be shown")
-    labels, first = list(settings), first or next(iter(settings))
-    panels = [(title(name, settings), name, labels) for name in names]
-    heading = models_in_words(settings)
-    if len(names) == 1 and len(labels) > 2:
-        heading = f"{panels[0][0]}: {heading}; dashed: {first}"
-        panels = [(label, names[0], [first, label]) for label in labels if label != first]
-    figure, axes = new_figure(len(panels), 3.6, 2.6, heading)
-    for axis, (panel, name, shown) in zip(axes, panels):
-        axis.set_title(panel, fontsize=10)
+    width, height = (6.5, 3.8) if len(names) == 1 else (3.6, 2.6)
+    figure, axes = new_figure(len(names), width, height, models_in_words(groups))
+    for axis, name in zip(axes, names):
+        axis.set_title(title(name, groups), fontsize=10)
         axis.set_xlabel("answers in training" if "episodes" in logs[0] else "training step")
-        for label in shown:
-            x, points = curve(settings[label], name)
-            style = look(label, labels.index(label))
-            dashed = label == first and shown is not labels
-            axis.plot(x, points[:, 0], **style, linestyle="--" if dashed else "-", markersize=4,
-                      markevery=1 + len(x) // 20, label=label, clip_on=False)
-            if len(shown) <= 2:  # more bands would hide each other
-                axis.fill_between(x, points[:, 1], points[:, 2], color=style["color"], alpha=0.2,
-                                  lw=0)
-        if TITLES.get(name, "").endswith("%"):
+        for i, (label, runs) in enumerate(groups.items()):
+            (x, points), style = curve(runs, name), look(label)
+            axis.plot(x, points[:, 0], **style, label=label, markersize=5,
+                      markevery=1 + len(x) // 20, clip_on=False)
+            for end, (_, low, high) in zip(x[-1:], points[-1:]):
+                beside = end * (1.02 + 0.015 * i)
+                axis.plot([beside] * 2, [low, high], color=style["color"], lw=2.5)
+        if is_share(name):
             axis.set_ylim(0, 100)
-    if panels[0][2] is labels:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
-                      frameon=False)
+    add_legend(figure)
     return figure
 
 
 def curves(args):
     """Save the learning curves of runs."""
-    settings = by_setting(load_runs(args.runs))
-    figure = draw_curves(settings, VIEWS.get(args.show, [args.show]))
-    save_figure(figure, args.out, f"{args.show}.png")
+    groups = legible(group_runs(load_runs(args.runs)), MOST_CURVES)
+    save_figure(draw_curves(groups, args.show), args.out, "curves.png")
 
 
 # ------------------------------------------------------------------ compare
 OUTCOMES = ("nk_identical", "sampled_mix", "n_identical")
 
 
-def outcomes(setting, name, when="after"):
+def outcomes(runs, name, when="after"):
     """{pre-trained model: result}: one of OUTCOMES, in %, or "kl" in the last iteration, in nats a
     token; {} if a run has no such result. when: "before" or "after" fine-tuning.
     """
@@ -733,83 +776,94 @@ def outcomes(setting, name, when="after"):
                     n_identical=f"identical {n}")[name]
         return 100 * run.accuracies[when].get(cell, math.nan)
 
-    means = {model: float(np.mean([result(run) for run in runs]))
-             for model, runs in setting.items()}
-    return {} if any(map(math.isnan, means.values())) else means
+    means = model_means(runs, result)
+    return {} if np.isnan(list(means.values())).any() else means
+
+
+def paired_differences(values, first):
+    """{pre-trained model: value} of two settings -> [value - first's] of the models in both."""
+    return [values[model] - first[model] for model in values if model in first]
 
 
 def verdict(differences):
     """"higher: +2.0 [+0.5, +3.5], p = 0.031"; without the word if the interval holds 0."""
+    text = with_interval(differences, "+.1f")
     if len(differences) < 2:
-        return with_interval(differences, "+.1f")
+        return text
     _, low, high = interval(differences)
-    word = ("higher: " if low > 0 else "") + ("lower: " if high < 0 else "")
-    return f"{word}{with_interval(differences, '+.1f')}, p = {sign_flip_p(differences):.3f}"
+    if low > 0:
+        text = f"higher: {text}"
+    if high < 0:
+        text = f"lower: {text}"
+    return f"{text}, p = {sign_flip_p(differences):.3f}"
 
 
-def compare_text(settings, first=None):
+def compare_text(groups):
     """The results of each setting, and how far each is from the first one on the same models."""
-    first = first or next(iter(settings))
-    models = {model: runs for setting in settings.values() for model, runs in setting.items()}
-    titles = [title(name, settings) for name in (*OUTCOMES, "kl")]
+    first, *others = groups
+    everything = all_runs(groups)
+    names = (*OUTCOMES, "kl")
+    titles = [title(name, groups) for name in names]
 
-    def row(label, setting, when="after"):
-        values = [list(outcomes(setting, name, when).values()) for name in (*OUTCOMES, "kl")]
-        return [f"{label} ({len(setting)})", *(with_interval(x, ".1f") for x in values[:-1]),
-                with_interval(values[-1], ".4f")]
+    def row(label, runs, when="after"):
+        cells = [with_interval(list(outcomes(runs, name, when).values()), form)
+                 for name, form in zip(names, (".1f", ".1f", ".1f", ".4f"))]
+        return [f"{label} ({n_models(runs)})", *cells]
 
-    text = table(["setting (models)", *titles], row("before", models, "before"),
-                 *(row(label, setting) for label, setting in settings.items()))
-    if len(settings) == 1 or len(models) == 1:
+    text = table(["setting (models)", *titles], row("before", everything, "before"),
+                 *(row(label, runs) for label, runs in groups.items()))
+    if not others or n_models(everything) == 1:
         return text
     rows = []
-    for label in [label for label in settings if label != first]:
-        points = [paired_differences(outcomes(settings[label], name),
-                                     outcomes(settings[first], name)) for name in OUTCOMES]
+    for label in others:
+        points = [paired_differences(outcomes(groups[label], name), outcomes(groups[first], name))
+                  for name in OUTCOMES]
         rows.append([f"{label} ({len(points[0])})", *map(verdict, points)])
     return f"{text}\n\n{table([f'minus {first} (models)', *titles[:-1]], *rows)}"
 
 
-def draw_compare(settings, first=None):
-    """What was learned and what was kept, a row a setting -> figure."""
-    first = first or next(iter(settings))
-    figure, axes = new_figure(2, 4.6, 0.33 * len(settings) + 0.9, "large: "
-                              f"{models_in_words(settings)}; small: each model; dashed: {first}")
+def draw_compare(groups):
+    """What was learned and what was kept, a row a setting -> figure. A dashed line goes through the
+    mean of the first setting.
+    """
+    first = next(iter(groups))
+    figure, axes = new_figure(
+        2, 4.6, 0.36 * len(groups) + 0.9,
+        f"large: {models_in_words(groups)}; small: each model; dashed: {first}")
     for axis, word, name in zip(axes, ("learned", "kept"), ("nk_identical", "n_identical")):
-        least = 100
-        for y, (label, setting) in enumerate(settings.items()):
-            values, style = list(outcomes(setting, name).values()), look(label, y)
+        for y, (label, runs) in enumerate(groups.items()):
+            values, style = list(outcomes(runs, name).values()), look(label)
             if not values:
                 continue
             mean, *ends = interval(values)
-            axis.plot(np.clip(ends, 0, 100), [y, y], color=style["color"], lw=2)
-            axis.plot(values, [y] * len(values), **style, ls="", ms=4, alpha=0.35, clip_on=False)
+            axis.plot(values, [y + 0.3] * len(values), **style, ls="", ms=3, alpha=0.5,
+                      clip_on=False)
+            axis.plot(np.clip(ends, 0, 100), [y, y], color=style["color"], lw=2.5)
             axis.plot(mean, y, **style, ms=9, markeredgecolor="white", clip_on=False)
+            axis.text(mean, y - 0.22, f"{mean:.0f}", ha="center", va="bottom", size=8,
+                      bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
             if label == first:
                 axis.axvline(mean, color=style["color"], linestyle="--", lw=1)
-            least = min(least, *values)
-        axis.set_yticks(range(len(settings)), settings if word == "learned" else [])
-        axis.set_ylim(len(settings) - 0.5, -0.5)
-        axis.set_xlim(0 if word == "learned" else 10 * min(9, least // 10), 100)
-        axis.set_title(f"{word}: {title(name, settings)}", fontsize=10)
+        axis.set_yticks(range(len(groups)), groups if word == "learned" else [])
+        axis.set_ylim(len(groups) - 0.5, -0.5)
+        axis.set_xlim(0, 100)
+        axis.set_title(f"{word}: {title(name, groups)}", fontsize=10)
     return figure
 
 
 def compare(args):
     """Print the results of runs and save them as a picture."""
-    settings = by_setting(load_runs(args.runs))
-    n_models = len({model for setting in settings.values() for model in setting})
-    if n_models > 40:
-        stop(f"the exact p of {n_models} models would take too long; compare at most 40")
-    text = compare_text(settings)
-    figure = draw_compare(settings) if n_models > 1 else draw_curves(settings, ["nk_identical"])
-    save_figure(figure, args.out, "compare.png")
+    groups = group_runs(load_runs(args.runs))
+    n = n_models(all_runs(groups))
+    if n > 40:
+        stop(f"the exact p of {n} models would take too long; compare at most 40")
+    text = compare_text(groups)
+    save_figure(draw_compare(legible(groups, MOST_ROWS)), args.out, "compare.png")
     print(f"\n{text}\n")
-    if n_models == 1:
+    if n == 1:
         print("One model cannot show which setting is better: from another model it may end the "
               "other way round.\nThe group next to you may have another model; compare takes the "
-              "folders of all groups at once.\n(The picture's points are of --eval_problems "
-              "problems each, the table's figures of --final_problems.)")
+              "folders of all groups at once.")
     else:
         print("Brackets: 95% interval over pre-trained models. Differences: in points, of the same "
               "models.\nHigher, lower: the interval does not hold 0. p: the exact sign-flip test.")
@@ -818,41 +872,42 @@ def compare(args):
 # ------------------------------------------------------------------ the command line
 def main(argv=None):
     ap = argparse.ArgumentParser(description="Tables and pictures from checkpoints and runs.")
-    verbs, adders = ap.add_subparsers(dest="verb", required=True), {}
-    for run, what in ((answer, "what do one or two models write for one problem?"),
-                      (tokens, "where does a model go wrong, and how sure is it there?"),
-                      (explain, "the penalty of one answer of a run, token by token"),
-                      (curves, "learning curves of runs"),
-                      (compare, "what was learned and kept in runs, paired by model")):
-        verb = verbs.add_parser(run.__name__, help=what, description=what,
+    verbs = ap.add_subparsers(dest="verb", required=True)
+
+    def add_verb(function, what):
+        verb = verbs.add_parser(function.__name__, help=what, description=what,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        verb.set_defaults(run=run)
-        add = adders[run] = verb.add_argument
-        if run in (curves, compare):
-            add("runs", nargs="+", help="folders of runs, or patterns like out/ppo_*")
-        else:
-            add("--device", type=to_device, default="auto", help="cpu, cuda, mps, or auto")
-        if run in (answer, tokens):
-            add("--temperature", type=number(float, 0.001, 1000), default=2.0,
-                help="of certainties and probabilities; 2 as in ppo.py")
-        if run != explain:
-            add("--out", type=Path, default=Path("out/figures"), help="folder for what it writes")
-    add = adders[answer]
+        verb.set_defaults(run=function)
+        if function != explain:
+            verb.add_argument("--out", type=Path, default=Path("out/figures"),
+                              help="folder for what it writes")
+        if function in (answer, tokens, explain):
+            verb.add_argument("--device", type=to_device, default="auto",
+                              help="cpu, cuda, mps, or auto")
+        if function in (answer, tokens):
+            verb.add_argument("--temperature", type=number(float, 0.001, 1000), default=2.0,
+                              help="of certainties and probabilities; 2 as in ppo.py")
+        if function in (curves, compare):
+            verb.add_argument("runs", nargs="+", help="folders of runs, or patterns like out/ppo_*")
+        return verb.add_argument
+
+    add = add_verb(answer, "what do one or two models write for one problem?")
     add("words", nargs="+", metavar="word",
         help="one or two checkpoints (before and after fine-tuning), then a problem like 123456+70")
-    verbs.choices["answer"].usage = "analyze.py answer [options] model.pt [model.pt] 123456+70"
     add("--alpha", type=number(float, 0, 1e6), default=3.0, help="exponent of the weight shown")
-    add = adders[tokens]
+    add = add_verb(tokens, "where does a model go wrong, and how sure is it there?")
     add("checkpoint", help="a model.pt of pretrain.py or ppo.py")
     add("--after", help="a second one, whose answers are drawn beside those of the first")
     add("--problems", type=number(int, 1, 2000), default=200, help="held-out problems to solve")
     add("--extra_digits", type=number(int, 0, 1000), default=1, help="k: problems of N+k digits")
     add("--show", type=number(int, 1, 2000), default=3, help="answers to show, failures first")
-    add = adders[explain]
+    add = add_verb(explain, "the penalty of one answer of a run, token by token")
     add("run_folder", type=Path, metavar="run", help="folder of a run of ppo.py")
     add("--checkpoint", help="the model that it began with, if that is elsewhere now")
-    add = adders[curves]
-    add("--show", default="curves", help="curves, critical, drift, or a column of log.csv")
+    add = add_verb(curves, "learning curves of runs")
+    add("--show", nargs="+", metavar="column", help="columns of log.csv",
+        default="success nk_identical nk_varying n_identical p_critical kl loss".split())
+    add_verb(compare, "what was learned and kept in runs, paired by model")
     args = ap.parse_args(argv)
     return run_script(args.run, args, "nothing is lost; the same command starts over")
 
