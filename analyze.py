@@ -78,9 +78,12 @@ def sign_flip_p(differences):
     """Exact two-sided p, if each of n <= 40 differences is as likely to have the other sign.
 
     The share of all 2^n choices of signs whose |sum| is at least the observed one; never below
-    2 / 2^n. 1, 2, 3: of the 8 choices +++ and --- reach 6, so p = 0.25.
+    2 / 2^n. 1, 2, 3: of the 8 choices +++ and --- reach 6, so p = 0.25. ValueError for more than
+    40 differences, and for nan or infinity.
     """
     differences = np.array(differences, float)
+    if len(differences) > 40 or not np.isfinite(differences).all():
+        raise ValueError("no exact p of more than 40 differences, or of nan or infinity")
     rounding = 1e-9 * np.abs(differences).sum()  # equal sums may differ by as much
     observed = abs(differences.sum()) - rounding
     if observed <= 0:
@@ -207,7 +210,8 @@ def group_runs(runs):
     def place(label):
         x = groups[label][0].settings
         is_control = x.get("kl_weight", "certainty") != "certainty"
-        return x.get("kl_coef") == 0, is_control, x.get("alpha", 0), -x.get("kl_coef", 0), label
+        by_number = re.sub(r"\d+", lambda digits: digits[0].zfill(9), label)  # 20 before 100
+        return x.get("kl_coef") == 0, is_control, x.get("alpha", 0), -x.get("kl_coef", 0), by_number
 
     return {label: groups[label] for label in sorted(groups, key=place)}
 
@@ -858,7 +862,11 @@ def compare(args):
     if n > 40:
         stop(f"the exact p of {n} models would take too long; compare at most 40")
     text = compare_text(groups)
-    save_figure(draw_compare(legible(groups, MOST_ROWS)), args.out, "compare.png")
+    if n == 1:
+        figure = draw_curves(legible(groups, MOST_CURVES), ["nk_identical"])
+    else:
+        figure = draw_compare(legible(groups, MOST_ROWS))
+    save_figure(figure, args.out, "compare.png")
     print(f"\n{text}\n")
     if n == 1:
         print("One model cannot show which setting is better: from another model it may end the "

@@ -1304,6 +1304,8 @@ class Analyze(Case):
                     itertools.product((1, -1), repeat=7)]
             expected = np.mean([x >= abs(differences.sum()) - 1e-9 for x in sums])
             self.assertEqual(analyze.sign_flip_p(differences), expected)
+        for wrong in [1.0] * 41, [math.nan, 1], [math.inf, 1]:
+            self.assertRaises(ValueError, analyze.sign_flip_p, wrong)
 
     def test_the_interval_covers_95_percent_with_five_models(self):
         """Of 4,000 samples."""
