@@ -210,7 +210,7 @@ def group_runs(runs):
     def place(label):
         x = groups[label][0].settings
         is_control = x.get("kl_weight", "certainty") != "certainty"
-        by_number = re.sub(r"\d+", lambda digits: digits[0].zfill(9), label)  # 20 before 100
+        by_number = re.sub(r"\d+(\.\d+)?(e[-+]\d+)?", lambda x: f"{float(x[0]):020.9f}", label)
         return x.get("kl_coef") == 0, is_control, x.get("alpha", 0), -x.get("kl_coef", 0), by_number
 
     return {label: groups[label] for label in sorted(groups, key=place)}
