@@ -519,7 +519,7 @@ def start_judge(exercise, limit):
             code = subprocess.run(command, cwd=folder, timeout=limit, stdin=no, stdout=no,
                                   stderr=no).returncode
         except subprocess.TimeoutExpired:
-            return f"stopped after {limit:g} seconds: is there an endless loop?"
+            return f"stopped after {limit:g} seconds: an endless loop, or a busy machine?"
         if not result.exists():
             return f"Python ended before the judge did, with exit code {code}"
         failed = result.read_text(encoding="utf-8")
