@@ -1628,7 +1628,7 @@ class Analyze(Case):
         text = text_of("one/README.md")
         for part in ("# Results\n\n## Does weighting", "+30.0 [+30.0, +30.0], p = 0.002",
                      "\n- And with half the coefficient? less/alpha0_half, less/alpha3_half\n",
-                     "--out assets/runs/exponent/alpha0_model$m --alpha 0\n"):
+                     "--out out/exponent/alpha0_model$m --alpha 0\n"):
             self.assertIn(part, text)
 
     def test_report_at_equal_kl(self):

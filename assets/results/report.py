@@ -57,8 +57,7 @@ def command(run):
     defaults = vars(ppo.parse_args([]))
     options = [f"--{name} {value}".removesuffix(".0") for name, value in run.settings.items()
                if name != "checkpoint" and value != defaults.get(name, value)]
-    parts = run.folder.parts  # ..., "runs", "small", "exponent", "alpha3_model0"
-    folder = "/".join(["assets", *parts[parts.index("runs"):]]).split("_model")[0]
+    folder = "/".join(["out", *run.folder.parts[-2:]]).split("_model")[0]  # out/exponent/alpha3
     return " ".join(["python ppo.py --checkpoint $model --out", f"{folder}_model$m", *options])
 
 
