@@ -7,7 +7,8 @@
     python analyze.py compare out/ppo_*           what was learned and kept, paired by model
 
 Runs that differ only in their pre-trained model, seed or evaluations are a group, which has one
-setting. Its figures are means over the pre-trained models, with 95% intervals.
+setting (without a penalty, whatever its alpha). Its figures are means over the pre-trained models,
+with 95% intervals.
 B sequences, T tokens, V vocabulary.
 """
 import argparse
@@ -235,7 +236,7 @@ def all_runs(groups):
 # ------------------------------------------------------------------ words, tables, figures
 TITLES = dict(  # columns of log.csv, and what accuracies.json has; shares end in %
     nk_identical="two {long}-digit numbers, %", nk_varying="one or two {long}-digit numbers, %",
-    n_identical="two {n}-digit numbers, %", n_sampled="two {n}-digit numbers, sampled, %",
+    n_identical="two {n}-digit numbers, %",
     sampled_mix="sampled, training mix, %", success="right answers in training, %",
     p_critical="P(right critical token), %", p_copied="P(right copied digit), %",
     kl="KL, nats a token", loss="loss, nats a token",
@@ -342,11 +343,6 @@ CLASSES = ("critical token", "copied digit", "elsewhere")
 Answer = namedtuple("Answer", "a b text logits start error classes")
 
 
-def right_text(a, b):
-    """The text that the model should write, with its prompt."""
-    return data.prompt(a, b) + data.answer(a, b)
-
-
 def read_logits(model, texts):
     """The model reads texts -> logits (len(text), V) of each, on the CPU. Row i is what may follow
     text[:i]; row 0, with nothing before it, is 0: all alike. A model that overflows ends in a line.
@@ -406,7 +402,7 @@ def answer_lines(answer, temperature):
     for line in text[start:].split("\n"):
         end = start + len(line)
         if start <= error <= end:
-            right = right_text(a, b)[start:].partition("\n")[0]
+            right = data.right_text(a, b)[start:].partition("\n")[0]
             lines.append(Line("wrote", line, sure[start:end], error - start))
             lines.append(Line("right", right, None, error - start))
         elif line:
@@ -511,9 +507,9 @@ def answer(args):
         model, facts = load_checkpoint(path, args.device)
         a, b = parse_problem(problem, facts["task"])
         n = facts["digits"]
-        check_fits(path, model, len(right_text(a, b)))
+        check_fits(path, model, len(data.right_text(a, b)))
         [correct], [written] = solve_problems(model, [(a, b)], n)
-        [right] = read_answers(model, [(a, b)], [right_text(a, b)], n)
+        [right] = read_answers(model, [(a, b)], [data.right_text(a, b)], n)
         lines = answer_lines(written, args.temperature)
         columns[when + path] = [lines]
         print(f"{when}{path}\n{answer_text(lines)}\nThe result is "
@@ -591,8 +587,8 @@ def tokens_text(models):
     paper = table(["temperature", *temperatures], ["critical tokens minus others", *means])
     return (f"{table(*rows)}\n\nIn right answers, of the critical tokens and copied digits, "
             f"{share(both, critical)}\nhave a certainty below 0.9. Of all tokens below 0.9, "
-            f"{share(both, unsure)} are\nsuch tokens.\n\nThe paper's Table 1, of 50 greedy "
-            f"answers (there -0.33, -0.21, -0.13 for N = 3, 5, 7):\n\n{paper}\n")
+            f"{share(both, unsure)} are\nsuch tokens.\n\nThe paper's Table 1, of at most "
+            f"50 greedy answers (there -0.33, -0.21, -0.13 for N = 3, 5, 7):\n\n{paper}\n")
 
 
 def tokens(args):
@@ -602,7 +598,7 @@ def tokens(args):
     check_fits(args.checkpoint, model, data.max_length(long, facts["task"]))
     pairs = data.sample_problems(args.problems, long, "varying", 1, facts["task"])
     correct, answers = solve_problems(model, pairs, n)
-    right = read_answers(model, pairs, [right_text(a, b) for a, b in pairs], n)
+    right = read_answers(model, pairs, [data.right_text(a, b) for a, b in pairs], n)
     contents = dict(
         digits=n, extra_digits=args.extra_digits, temperature=args.temperature,
         problems=len(pairs), right=int(correct.sum()),
@@ -662,7 +658,7 @@ def explain(args):
         print("nothing is saved so far: the policy is still the reference, and k2 is 0")
     pairs, generator = ppo.draw_problems(options, facts, step + 1, args.device)
     for model in (reference, policy):
-        read_logits(model, [right_text(*pairs[0])])  # stops if they are not finite
+        read_logits(model, [data.right_text(*pairs[0])])  # stops if they are not finite
     batch = ppo.rollout(policy, value_head, reference, pairs, facts["digits"], options, generator)
     batch["advantages"] = ppo.normalize(batch["advantages"], batch["mask"])
     ids = torch.cat([batch["states"][:, :1], batch["actions"]], 1).tolist()
@@ -828,7 +824,7 @@ def compare_text(groups):
 
 def draw_compare(groups):
     """What was learned and what was kept, a row a setting -> figure. A dashed line goes through the
-    mean of the first setting.
+    mean of the first setting. Intervals are cut at 0 and 100%.
     """
     first = next(iter(groups))
     figure, axes = new_figure(

@@ -66,12 +66,17 @@ def answer(a, b):
     return "\n<scratch>\n" + "\n".join(lines) + "\n</scratch>\n" + " ".join(str(a + b)) + "\n"
 
 
+def right_text(a, b):
+    """All that a right model has read and written."""
+    return prompt(a, b) + answer(a, b)
+
+
 def max_length(n_digits, task="add"):
     """Characters of the longest prompt + answer for operands of up to n_digits digits: 5 -> 390."""
     a = b = 10**n_digits - 1
     if task == "subtract":  # 9000-1999 borrows in all lines but the last: 0-9-1=-10
         a, b = 9 * 10 ** (n_digits - 1), 1 - 2 * 10 ** (n_digits - 1)
-    return len(prompt(a, b) + answer(a, b))
+    return len(right_text(a, b))
 
 
 def is_complete(text):
@@ -92,7 +97,7 @@ def grade(text, a, b):
 # ------------------------------------------------------------------ places in an answer
 def first_error(text, a, b):
     """Index of the first character that is not that of the right prompt + answer, or None."""
-    right = prompt(a, b) + answer(a, b)
+    right = right_text(a, b)
     return next((i for i, wanted in enumerate(right) if text[i : i + 1] != wanted), None)
 
 
@@ -100,7 +105,7 @@ def place(a, b, index):
     """What stands at an index of the right answer: "line 2, operand 1", "line 2, sum", "result" or
     "tag". Before line 1 stand 4 others: "Input:", the problem, "Target:" and "<scratch>".
     """
-    text = prompt(a, b) + answer(a, b)
+    text = right_text(a, b)
     *above, line = text[:index].split("\n")  # `line`: its part before the index
     if len(above) < 4 or text.startswith("</scratch>", index - len(line)):
         return "tag"
@@ -115,7 +120,7 @@ def describe_error(text, a, b):
     index = first_error(text, a, b)
     if index is None:
         return "no error"
-    wanted = (prompt(a, b) + answer(a, b))[index]
+    wanted = right_text(a, b)[index]
     return f"{place(a, b, index)}: wrote {text[index : index + 1]!r} for {wanted!r}"
 
 
@@ -130,7 +135,7 @@ def critical_positions(a, b, n_digits):
     the last digit there, '[3,7' for '[3,6,7'. The paper names this error, but not this token.
     n_digits = 2, 367+28: in '[3,6,7]' 6 is copied, ',7' comma1 and digit1; '[3]' has digit1 alone.
     """
-    text, positions = prompt(a, b) + answer(a, b), {}
+    text, positions = right_text(a, b), {}
     bracket = text.index("<scratch>")
     for line in range(1, min(3, len(str(max(a, abs(b))))) + 1):
         for operand, number in (1, a), (2, abs(b)):

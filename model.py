@@ -136,7 +136,7 @@ class GPT(nn.Module):
 def to_batch(pairs, device):
     """Worked problems -> ids (B, T), prompt_len (B,), lengths (B,); 0 after a row's end."""
     prompts = [data.prompt(a, b) for a, b in pairs]
-    texts = [prompt + data.answer(a, b) for prompt, (a, b) in zip(prompts, pairs)]
+    texts = [data.right_text(a, b) for a, b in pairs]
     ids = pad_sequence([torch.tensor(data.encode(text)) for text in texts], batch_first=True)
     prompt_len = torch.tensor([len(prompt) for prompt in prompts])
     lengths = torch.tensor([len(text) for text in texts])
@@ -252,12 +252,14 @@ def read_ahead(model, pairs, temperature, generator):
     return [row[:n] for row, n in zip(known.tolist(), n_known.tolist())]
 
 
-def solve(model, pairs, temperature=0, seed=0, batch_size=64):
-    """Let the model answer all problems -> (correct: bool (n,), texts: n prompts + answers)."""
+def solve(model, pairs, temperature=0, seed=0):
+    """Let the model answer all problems, 64 at a time, as the cache of keys and values takes memory
+    -> (correct: bool (n,), texts: n prompts + answers).
+    """
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     texts = []
-    for i in range(0, len(pairs), batch_size):
-        known = read_ahead(model, pairs[i : i + batch_size], temperature, generator)
+    for i in range(0, len(pairs), 64):
+        known = read_ahead(model, pairs[i : i + 64], temperature, generator)
         ids, lengths = generate(model, known, model.config.block_size, temperature, generator)
         texts += [decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
     return np.array([data.grade(text, a, b) for text, (a, b) in zip(texts, pairs)]), texts

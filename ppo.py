@@ -320,11 +320,11 @@ def train(args):
     old_batch = to_batch(data.sample_problems(args.eval_problems, n, "train", 2, task), device)
     critical_problems = data.sample_problems(args.eval_problems, n, "rl", 2, task,
                                              args.extra_digits)
-    cells = dict(n_identical=f"identical {n}", nk_identical=f"identical {longest}",
-                 nk_varying=f"varying {longest}")  # log.csv's names for the table's cells
+    columns = dict(n_identical=f"identical {n}", nk_identical=f"identical {longest}",
+                   nk_varying=f"varying {longest}")  # of log.csv: cells of the accuracies
     shown = dict(success=("success", ".1%"), nk_identical=(f"two {longest}-digit", ".1%"),
                  n_identical=(f"two {n}-digit", ".1%"), p_critical=("P(critical)", ".1%"),
-                 weight=("weight", ".3f"), kl=("KL", ".4f"))
+                 weight=("weight", ".3f"), kl=("KL", ".4f"))  # column: title, format
     print_table(facts["accuracies"], "before")
     print(f"\nPPO on {longest} digits: alpha {args.alpha:g}, kl_coef {args.kl_coef:g}, "
           f"{args.iterations} iterations of {args.episodes} episodes, on {device}")
@@ -352,12 +352,12 @@ def train(args):
         else:
             accuracies = {}
         if accuracies:
-            row |= {name: accuracies.get(cell) for name, cell in cells.items()}
+            row |= {name: accuracies[cell] for name, cell in columns.items() if cell in accuracies}
             with torch.no_grad():  # of right answers of 1..N digits: forgetting shows there first
                 row["n_nats"] = answer_loss(policy, *old_batch).item()
-        values = [(row.get(name), form) for name, (_, form) in shown.items()]
-        tqdm.write(f"{iteration:3d}" + "".join(
-            f"{'-' if x is None else format(x, form):>13}" for x, form in values))
+        cells = [format(row[name], form) if name in row else "-"
+                 for name, (_, form) in shown.items()]
+        tqdm.write(f"{iteration:3d}" + "".join(f"{cell:>13}" for cell in cells))
         bar.set_postfix({name: f"{row[name]:.3f}" for name in ("success", "kl") if name in row})
         if row.get("success") == 0:
             tqdm.write("    no answer was right: there is nothing to learn from here")

@@ -231,8 +231,9 @@ class Run:
 
     The same command resumes from state.pt: what it holds is loaded into `parts`, modules and
     optimizers by name. On a CPU a resumed run ends with the weights of one that never stopped.
-    state.pt and accuracies.json carry the settings that they belong to. OSError, in one line, for
-    a file that is damaged, does not fit or cannot be written.
+    state.pt and accuracies.json carry the settings that they belong to. A file "lock" stays there.
+    OSError, in one line, for a file that is damaged, does not fit or cannot be written; results
+    that were damaged after a run's end are made again.
     """
     FILES = ("settings.json", "log.csv", "state.pt", "model.pt", "accuracies.json")
     lock = None  # on the folder of the run that this process is making
@@ -242,7 +243,7 @@ class Run:
         self.settings, self.columns, self.parts = settings, [*columns, "seconds"], parts
         self.folder = Path(folder)
         self.files = {name: self.folder / name for name in self.FILES}
-        self.step, self.earlier = first - 1, 0.0  # done so far; seconds of interrupted runs
+        self.step, self.earlier = first - 1, 0.0  # where this process begins; earlier seconds
         self.text, self.on_disk = "", 0  # of log.csv; how many of its characters are on disk
         self.started = self.saved = time.monotonic()
         self.lock_folder()

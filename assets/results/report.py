@@ -18,26 +18,27 @@ from analyze import group_runs, outcomes, save_figure, table, title  # noqa: E40
 from pretrain import run_script  # noqa: E402
 
 MODELS = range(10)
-ALPHAS = "exponent/alpha1 exponent/alpha10 exponent/alpha100 exponent/alpha1000 "
-LESS = "less/alpha0_half less/alpha0_quarter "
-CONTROLS = "places/matched3 places/shuffled3 "
-# Figure; question; what others are compared with; settings it cannot do without; more of them.
-BOTH = "exponent/alpha0 exponent/alpha3 "
-SECTIONS = [
+BOTH = ["exponent/alpha0", "exponent/alpha3"]
+ALPHAS = [f"exponent/alpha{alpha}" for alpha in (1, 10, 100, 1000)]
+LESS = ["less/alpha0_half", "less/alpha0_quarter"]
+HALVES = ["less/alpha0_half", "less/alpha3_half"]
+DEALT = ["places/matched3", "places/shuffled3"]
+FREED = ["places/threshold3", "places/oracle"]
+AT_100 = ["exponent/alpha100", "places/matched100"]
+SECTIONS = [  # figure; question; what others are compared with; settings it needs; more of them
     ("exponent", "Does weighting by certainty^alpha help?", "alpha 0", BOTH, ALPHAS),
-    ("learning", "How fast is it learned?", "alpha 0", BOTH, "exponent/alpha100 less/none"),
-    ("less", "More than a smaller coefficient?", "alpha 3", BOTH + LESS, "less/none"),
-    ("half", "And with half the coefficient?", "alpha 0, kl_coef 0.05",
-     "less/alpha0_half less/alpha3_half", ""),
-    ("places", "Does it matter where the penalty is small?", "alpha 3",
-     "exponent/alpha3 " + CONTROLS, "exponent/alpha0 places/threshold3 places/oracle"),
-    ("places100", "And at alpha 100?", "alpha 100", "exponent/alpha100 places/matched100", ""),
-    ("kl", "Is it how far the policy moves?", "alpha 0", BOTH + LESS + "less/none",
-     ALPHAS + CONTROLS + "less/alpha3_half places/threshold3 places/oracle places/matched100"),
-    ("high_lr", "And at a learning rate of 5e-4?", "alpha 0", "high_lr/alpha0 high_lr/alpha3",
-     "high_lr/alpha3_twice high_lr/none"),
-    ("longer", "And after 60 iterations?", "alpha 0", "longer/alpha0 longer/alpha3",
-     "longer/none")]
+    ("learning", "How fast is it learned?", "alpha 0", BOTH, ["exponent/alpha100", "less/none"]),
+    ("less", "More than a smaller coefficient?", "alpha 3", BOTH + LESS, ["less/none"]),
+    ("half", "And with half the coefficient?", "alpha 0, kl_coef 0.05", HALVES, []),
+    ("places", "Does it matter where the penalty is small?", "alpha 3", ["exponent/alpha3", *DEALT],
+     ["exponent/alpha0", *FREED]),
+    ("places100", "And at alpha 100?", "alpha 100", AT_100, []),
+    ("kl", "Is it how far the policy moves?", "alpha 0", [*BOTH, *LESS, "less/none"],
+     [*ALPHAS, *DEALT, *FREED, "less/alpha3_half", "places/matched100"]),
+    ("high_lr", "And at a learning rate of 5e-4?", "alpha 0", ["high_lr/alpha0", "high_lr/alpha3"],
+     ["high_lr/alpha3_twice", "high_lr/none"]),
+    ("longer", "And after 60 iterations?", "alpha 0", ["longer/alpha0", "longer/alpha3"],
+     ["longer/none"])]
 
 
 def is_whole(runs, name):
@@ -134,13 +135,12 @@ def report(args):
     else:
         left_out.append("Where do the pre-trained models fail?")
     for name, question, first, needed, more in SECTIONS:
-        names = needed.split() + more.split()
-        missing = [setting for setting in names if not is_whole(args.runs, setting)]
+        missing = [setting for setting in needed + more if not is_whole(args.runs, setting)]
         if missing:
             left_out.append(f"{question} {', '.join(missing)}")
-        if set(missing) & set(needed.split()):
+        if set(missing) & set(needed):
             continue
-        groups = load_groups(args.runs, [x for x in names if x not in missing], first)
+        groups = load_groups(args.runs, [x for x in needed + more if x not in missing], first)
         if name == "learning":
             figure = analyze.draw_curves(groups, ["nk_identical"])
         elif name == "kl":
