@@ -136,6 +136,14 @@ def text_of(*path):
     return Path(*path).read_text(encoding="utf-8")
 
 
+def load_script(path):
+    """A script of assets, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, HERE / path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
 def read_log(folder):
     """The rows of log.csv, without what depends on the machine's speed."""
     return [row | dict(seconds="") for row in csv.DictReader(text_of(folder, "log.csv").split())]
@@ -158,13 +166,13 @@ Target:
 # A new exercise is its function's docstring and an entry at the end of this part: this decorator on
 # its judge, which becomes the test Exercises.test_exercise_<number>_<function>. The judge calls the
 # function with positional arguments, as often as it needs to.
-Exercise = namedtuple("Exercise", "number file function text minutes judge right slips")
+Exercise = namedtuple("Exercise", "number file function text minutes judge")
 EXERCISES = []
 
 
-def exercise(number, file, function, text, minutes, **solutions):
+def exercise(number, file, function, text, minutes):
     def add(judge):
-        EXERCISES.append(Exercise(number, file, function, text, minutes, judge, **solutions))
+        EXERCISES.append(Exercise(number, file, function, text, minutes, judge))
         setattr(Exercises, f"test_exercise_{number:02}_{function}", judge)
         return judge
     return add
@@ -221,13 +229,7 @@ class Exercises(unittest.TestCase):
             self.fail(f"\n{text}\nshould be {shown(expected)!r}\nbut is    {shown(got)!r}\n{hint}")
 
 
-@exercise(1, "data.py", "answer", "the scratchpad, a line a digit", 40,
-    right=[], slips={
-        "the carry is forgotten": (' + int(f"{sign}{carry}")', ""),
-        "A grows at its end": ("insert(0, str(digit))", "append(str(digit))"),
-        "a carry from 11 on": ("abs(total // 10)", "int(total > 10 or total < 0)"),
-        "-10 is taken for a digit": ("total % 10", "(total % 10 if total > -10 else 1)"),
-        "no last line break": ('str(a + b)) + "\\n"', "str(a + b))")})
+@exercise(1, "data.py", "answer", "the scratchpad, a line a digit", 40)
 def judge_answer(self):
     for a, b, *lines in (
             (367, 28, *WORKED.split("\n")[4:8], "3 9 5"),
@@ -253,13 +255,7 @@ def judge_answer(self):
         self.check(data.answer, (a, b), expected)
 
 
-@exercise(2, "data.py", "grade", "is the result in this text the sum?", 15,
-    right=[], slips={
-        "takes a text that was cut off": ('line_break == "\\n" and ', ""),
-        "the last end tag": ("text.partition", "text.rpartition"),
-        "any end tag": ("</scratch>\\n", "/scratch>\\n"),
-        "ignores spaces": ("result ==", "result.replace(' ', '') ==", '" ".join', "str"),
-        "no subtraction": ("str(a + b)", "str(a + abs(b))")})
+@exercise(2, "data.py", "grade", "is the result in this text the sum?", 15)
 def judge_grade(self):
     end = "\n</scratch>\n"
     right = [WORKED, f"{end}3 9 5\n", f"{end}3 9 5\n4 0 0\n", f"{end}3 9 5{end}4 0 0\n"]
@@ -274,24 +270,7 @@ def judge_grade(self):
         self.check(data.grade, (f"{end}{text}\n", a, b), text != "5 9")
 
 
-@exercise(3, "model.py", "attention", "scaled dot-product attention with a mask", 30,
-    right=["lambda q, k, v, mask: (torch.einsum('bhtd,bhsd->bhts', q, k) / q.size(-1) ** 0.5)."
-           "masked_fill(mask != 0, -math.inf).softmax(3).matmul(v)"],
-    slips={
-        "no mask": ("scores += mask", "pass"),
-        "a causal mask of its own": ("+= mask", "+= torch.full_like(mask, -1e9).triu("
-                                     "1 + mask.shape[1] - len(mask))"),
-        "exp of the scores": ("F.softmax(scores, -1)", "scores.exp() / scores.exp().sum(-1, True)"),
-        "the root of T": ("q.shape[-1]", "q.shape[-2]"),
-        "softmax over the queries": ("scores, -1", "scores, -2"),
-        "a reshape": ("k.transpose(-2, -1)", "k.reshape(*k.shape[:2], -1, k.shape[2])"),
-        "the first head's keys": ("k.transpose", "k[:, :1].transpose"),
-        "the first text's values": ("@ v", "@ v[:1]"),
-        "the gradient is cut": ("@ v", "@ v.detach()"),
-        "no gradient": ("    return ", "    with torch.no_grad():\n        return "),
-        "another dtype": ("return ", "return torch.ones(1) * "),
-        "changes its input": ("q * q", "q.mul_(1.5) / 1.5 * q"),
-        "a library's": "lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask)"})
+@exercise(3, "model.py", "attention", "scaled dot-product attention with a mask", 30)
 def judge_attention(self):
     # D = 9. Head 1: token 0 sees itself. Token 1 has scores 3 log 3 and 0, over sqrt(D):
     # weights 3/4 and 1/4. Head 2: all scores of token 1 are 200, so it has the mean of both values.
@@ -319,22 +298,7 @@ def judge_attention(self):
     self.compare(got.float(), f"in bfloat16, {call}", means, tolerance=0.05)
 
 
-@exercise(4, "model.py", "sample", "a token from logits, at a temperature", 15,
-    right=["lambda x, t, generator=None: x.max(-1).indices if t == 0 else (x / t - (-torch.rand("
-           "x.shape, generator=generator).log()).log()).argmax(-1)"],  # Gumbel's trick
-    slips={
-        "no temperature": (" / temperature", ""),
-        "no generator": (", generator=generator)", ")"),
-        "the same numbers at each call": ("generator=generator)", "generator=torch.Generator())"),
-        "or without a generator": ("=generator)", "=generator or torch.Generator())"),
-        "dimensions of 1 vanish": ("[:-1])", "[:-1]).squeeze()"),
-        "softmax over the rows": ("temperature, -1", "temperature, 0"),
-        "nearly 0": ("temperature == 0", "temperature < 0", "/ temperature",
-                     "/ max(temperature, 1e-8)"),
-        "one draw a row": ("torch.multinomial(probs, 1, generator=generator)", "(probs.cumsum(-1) "
-                           "< torch.rand(logits.shape[:1], generator=generator).repeat_interleave("
-                           "len(probs) // len(logits))[:, None]).sum(-1)"),
-        "changes its input": ("    probs =", "    logits /= temperature\n    probs =")})
+@exercise(4, "model.py", "sample", "a token from logits, at a temperature", 15)
 def judge_sample(self):
     for shape in (), (1,), (4,), (1, 1), (2, 1), (1, 4), (2, 3):
         tokens = torch.arange(3, 3 + math.prod(shape)).view(shape) % 5
@@ -361,18 +325,7 @@ def judge_sample(self):
                         "draw each token on its own")
 
 
-@exercise(5, "kl.py", "certainty", "equation 2", 15,
-    right=["lambda x: 1 - torch.special.entr(x.softmax(-1)).sum(-1) / math.log(x.shape[-1])"],
-    slips={
-        "uncertainty": ("1 - entropy", "entropy"),
-        "0 log 0": ("logp.masked_fill(p == 0, 0)", "p.log()"),
-        "0 times a logit of -inf": ("logp.masked_fill(p == 0, 0)", "logp"),
-        "softmax over the positions": ("ref_logits, -1", "ref_logits, 1"),
-        "sum over the positions": ("sum(-1)", "sum(1)"),
-        "exp of the logits": ("F.log_softmax(ref_logits, -1)",
-                              "(ref_logits.exp() / ref_logits.exp().sum(-1, True)).log()"),
-        "changes its input": ("logp =", "ref_logits -= ref_logits.amax(-1, True)\n    logp ="),
-        "log T": ("ref_logits.shape[-1]", "ref_logits.shape[1]")})
+@exercise(5, "kl.py", "certainty", "equation 2", 15)
 def judge_certainty(self):
     # Of 4 tokens: H_max = log 4. H of p, q and u is 7/4 log 2, 0.940448 and log 4.
     p, q, u = [0.5, 0.25, 0.125, 0.125], [0.7, 0.1, 0.1, 0.1], [0.25] * 4
@@ -388,16 +341,7 @@ def judge_certainty(self):
         self.compare(got, call, [[1, 0.5]], "1 - log 2 / log 4", tolerance=1e-3)
 
 
-@exercise(6, "kl.py", "prioritized_kl", "equation 1", 15,
-    right=["lambda logp, ref_logp, weight: torch.square(ref_logp - logp).mul(0.5) * weight"],
-    slips={
-        "k1": (" ** 2 / 2", ""),
-        "no half": (" / 2", ""),
-        "no weight": ("weight * (", "("),
-        "the gradient is cut": ("(logp -", "(logp.detach() -"),
-        "a number is no weight": ("return weight *", "return weight.detach() *"),
-        "changes its input": ("return weight *", "return weight.mul_(2) / 2 *"),
-        "a mean": ("** 2 / 2", "** 2 / 2).mean()", "return ", "return (")})
+@exercise(6, "kl.py", "prioritized_kl", "equation 1", 15)
 def judge_prioritized_kl(self):
     logp, ref_logp, weight = torch.tensor([
         [[-1.0, -4, -2.5], [-0.5, -3, -1]], [[-8.0, -1, -2], [-0.5, -1, -4]],
@@ -413,23 +357,7 @@ def judge_prioritized_kl(self):
                "a weight may be a number")
 
 
-@exercise(7, "ppo.py", "gae", "generalized advantage estimation", 40,
-    right=["""
-def gae(rewards, values, mask, gamma, lam):
-    out, n = torch.zeros_like(values), values.shape[1]
-    delta = rewards + gamma * F.pad(values * mask, (0, 1))[:, 1:] - values
-    for t, s in ((t, s) for t in range(n) for s in range(t, n)):
-        out[:, t] += (gamma * lam) ** (s - t) * delta[:, s] * mask[:, s] * mask[:, t]
-    return out
-"""],
-    slips={
-        "padding has values": ("= values[:, t] * mask[:, t],", "= values[:, t],"),
-        "padding has advantages": (") * mask[:, t]", ")"),
-        "powers of lambda alone": ("gamma * lam", "lam"),
-        "two steps": ("mask[:, t], advantages[:, t]", "mask[:, t], delta * mask[:, t]"),
-        "one end for all rows": ("mask[:, t], adv", "mask[:, t].max(), adv"),
-        "the mask of the first row": ("mask[:, t]", "mask[:1, t]"),
-        "bootstraps": ("torch.zeros_like(values[:, 0])", "values[:, -1]")})
+@exercise(7, "ppo.py", "gae", "generalized advantage estimation", 40)
 def judge_gae(self):
     for rewards, values, mask, gamma, lam, expected in (
             ([[0.0, 1]], [[0.0, 0]], [[1.0, 1]], 1, 1, [[1.0, 1]]),
@@ -446,18 +374,7 @@ def judge_gae(self):
         self.check(ppo.gae, (*given, gamma, lam), expected)
 
 
-@exercise(8, "ppo.py", "ppo_loss", "the clipped surrogate", 20,
-    right=["lambda new, old, A, mask, clip: torch.max(-A * new.exp() / old.exp(), -A * torch.clamp("
-           "new.exp() / old.exp(), 1 - clip, 1 + clip))[mask > 0].mean()"],
-    slips={
-        "the larger of the two": ("torch.min", "torch.max"),
-        "clipped from above only": ("clamp(1 - clip, 1 + clip)", "clamp(max=1 + clip)"),
-        "clip is always 0.2": ("clamp(1 - clip, 1 + clip)", "clamp(0.8, 1.2)"),
-        "the ratio upside down": ("new_logp - old_logp", "old_logp - new_logp"),
-        "the gradient is cut": (".exp()", ".exp().detach()"),
-        "padding counts": ("), mask)", "), torch.ones_like(mask))"),
-        "a mean of the rows' means": ("), mask)", "), mask / mask.sum(1, True))"),
-        "changes its input": ("return -", "advantages *= mask\n    return -")})
+@exercise(8, "ppo.py", "ppo_loss", "the clipped surrogate", 20)
 def judge_ppo_loss(self):
     one = torch.ones(1, 1)
     for ratio, A, expected in ((1.0, 1.0, -1.0), (1.5, 1.0, -1.2), (1.5, -1.0, 1.5),
@@ -568,23 +485,15 @@ def main(argv=None):
     add("--limit", type=float, default=60, help="seconds for an exercise's points (default 60)")
     add("--only", metavar="5,6", type=some_exercises, help="these exercises alone")
     add("--judge", nargs=2, help=argparse.SUPPRESS)
-    ap.set_defaults(handout=None)
-    if EXERCISES[0].slips:  # the students' copy has none, and makes none
-        add("--handout", metavar="DIR", help="write the students' copy, exercises blank, to DIR")
     args = ap.parse_args(argv)
     if args.judge:
         return judge_alone(*args.judge)
-    if args.only and not args.points and args.handout is None:
-        ap.error("--only goes with --points or --handout")
+    if args.only and not args.points:
+        ap.error("--only goes with --points")
     if not 0 < args.limit < 1e6:
         ap.error("--limit is a number of seconds")
     if args.points:
         return points(args.only or EXERCISES, args.limit, args.json)
-    if args.handout is not None:
-        try:
-            return handout(args.handout, args.only or EXERCISES)
-        except OSError as error:
-            ap.error(f"cannot write {args.handout}: {error}")
     command = [sys.argv[0]]
     for name in args.k:
         command += ["-k", name]
@@ -598,6 +507,102 @@ def main(argv=None):
     if not result.testsRun:
         ap.error(f"no test has {' or '.join(args.k)} in its name")
     sys.exit(0 if result.wasSuccessful() else 1)
+
+
+class Solutions(Case):
+    def setUp(self):
+        super().setUp()
+        self.course = load_script("assets/course/handout.py")
+
+    def test_the_readme_has_the_table(self):
+        self.assertEqual([x.number for x in EXERCISES], list(range(1, len(EXERCISES) + 1)))
+        table = "|---|---|---|---|---|\n" + "".join(map(self.course.table_row, EXERCISES))
+        self.assertTrue(table in text_of(HERE, "README.md"), "README.md lacks\n" + table)
+
+    def test_right_and_wrong_solutions(self):
+        for x in EXERCISES:
+            self.assertEqual(judge(x), "", "the project's own")
+            right, slips = self.course.SOLUTIONS[x.function].values()
+            for source in right:
+                self.assertEqual(judge(x, self.course.function_from(x, source)), "", source)
+            wrong = self.course.slipped(x)
+            self.assertEqual(set(slips) - set(wrong), set(), f"these do not change {x.function}")
+            for name, source in wrong.items():
+                with self.subTest(f"a slip in {x.function}: {name}"):
+                    message = judge(x, self.course.function_from(x, source))
+                    self.assertIn("Error", message)
+                    self.assertNotRegex(message, "(Name|Syntax)Error", "the slip itself is wrong")
+
+    def test_the_handout_holds_no_solution(self):
+        """Docstrings are whole, and no line of a solution stands anywhere."""
+        quiet(self.course.main, ["copy"])
+        self.assertNotRegex(text_of("copy/test_all.py"), "handout|Solutions|Independent")
+        files = [*Path("copy").rglob("*.py"), Path("copy/README.md")]
+        for x in EXERCISES:
+            ours, theirs = (self.course.function_node(text_of(folder, x.file), x)
+                            for folder in (HERE, "copy"))
+            self.assertEqual(ast.get_docstring(theirs), ast.get_docstring(ours))
+            for source in (self.course.solution(x), *self.course.SOLUTIONS[x.function]["right"]):
+                for line in map(str.strip, source.splitlines()):
+                    for path in files if len(line) > 16 and "def " not in line else ():
+                        self.assertNotIn(line, text_of(path), path)
+
+    def test_a_plain_run_of_the_handout(self):
+        """It says first what is open; the judges fail, and nothing else does."""
+        quiet(self.course.main, ["copy"])
+        printed = self.python("test_all.py", folder="copy", code=1)
+        for x in EXERCISES:
+            self.assertIn(f"exercise {x.number} is open: {x.function} in {x.file}.", printed)
+        failed = re.findall(r"^(?:ERROR|FAIL): (\w+)", printed, re.M)
+        self.assertEqual(failed, [name for name in dir(Exercises) if name.startswith("test_ex")])
+
+    def test_from_a_handout_to_a_fine_tuned_model(self):
+        """Exercises 5 and 6 alone: ppo.py says at once what is open, and there are no points; then
+        both, and then the student's ppo.py runs."""
+        quiet(self.course.main, ["copy", "--only", "6,5"])
+        rows = [self.course.table_row(x) in text_of("copy", "README.md") for x in EXERCISES]
+        self.assertEqual(rows, [x.number in (5, 6) for x in EXERCISES])
+        save_tiny("copy/tiny.pt")
+        tune = ["ppo.py", *RL, "--checkpoint", "tiny.pt", "--alpha", "3"]
+        self.assertIn("5: certainty in kl.py is open", self.python(*tune, folder="copy", code=2))
+        self.assertIn("0 of 30 in all", self.python("test_all.py", "--points", folder="copy"))
+        shutil.copy(HERE / "kl.py", "copy/kl.py")
+        self.assertIn("30 of 30 in all", self.python("test_all.py", "--points", folder="copy"))
+        self.python(*tune, folder="copy")
+
+    def test_points_of_a_bad_hand_in(self):
+        """What goes wrong in an exercise costs no other one; what prints is no JSON."""
+        quiet(self.course.main, ["copy"])
+        for file, more in (
+                ("data.py", "import os\nos.write(1, b'here')\ndef answer(*args): os._exit(0)"),
+                ("model.py", "def sample(*args):\n    while True: pass"), ("kl.py", "x = ("),
+                ("ppo.py", "import os\nprint(score := 40)\ndef gae(*args): os.abort()")):
+            Path("copy", file).write_text(text_of(HERE, file) + "\n" + more, encoding="utf-8")
+        options = "test_all.py --points --json --only".split()
+        got = json.loads(self.python(*options, "1,2,3,5,6,7,8", folder="copy"))
+        self.assertEqual([x["score"] for x in got["tests"]], [0, 15, 30, 0, 0, 0, 20])
+        self.assertEqual(set(got["tests"][0]), {"name", "score", "max_score", "output"})
+        self.assertEqual((set(got), got["score"]), ({"tests", "score", "execution_time"}, 65))
+        self.assertIn("exit code 0", got["tests"][0]["output"])
+        self.assertIn("(kl.py, line ", got["tests"][3]["output"])
+        got = json.loads(self.python(*options, "4", "--limit", "9", folder="copy"))
+        self.assertIn("stopped after 9 seconds", got["tests"][0]["output"])
+
+    def test_command_line(self):
+        Path("file").touch()
+        for script, options, message in (
+                (main, "--points --only a", "'a' is not a list"), (main, "--only 5", "goes with"),
+                (main, "--points --only", "--only"), (main, "--points --only 5,", "'5,' is not"),
+                (main, "--points --only=", "'' is not"), (main, "--points --limit 0", "seconds"),
+                (main, "--typo", "unrecognized"), (self.course.main, "", "folder"),
+                (self.course.main, f"{HERE}/assets/copy", "inside"),
+                (self.course.main, "file", "File exists"),
+                (self.course.main, "file/copy", "cannot write"),
+                (self.course.main, "copy --only 5,", "'5,' is not")):
+            self.fails(script, options.split(), message)
+        self.assertEqual("3\n", self.python(
+            "-c", "import torch; torch.set_num_threads(3); import test_all; "
+            "print(torch.get_num_threads())", folder=HERE), "an import changes nothing")
 
 
 # ------------------------------------------------------------------ data.py
@@ -931,6 +936,43 @@ class PPO(Rollouts):
         for name, x in (("p_copied", p[at]), ("p_l1o1", p[at + 1]),
                         ("p_critical", p[[at + 1, at + 2, line2]].mean())):
             self.assertAlmostEqual(found[name], x.item(), places=5)
+
+
+class Independent(Rollouts):
+    def test_one_epoch_of_one_minibatch(self):
+        """Over all answer tokens at once. The policy's gradient is A2C's, that of -A log pi +
+        kl_coef J^alpha k2 - entropy_coef H, clipped to norm 1; none is the critic's. The figures
+        are those of the rollout; then of actions that the policy takes twice as often by now, with
+        twice the weight."""
+        batch = self.rollout()
+        here = batch["mask"] > 0
+        batch["advantages"] += torch.randn(here.shape, generator=seeded())
+        logits, hidden = self.policy(batch["states"])
+        error = (self.value_head(hidden) - batch["returns"])[here]
+        pi, ref = (torch.distributions.Categorical(logits=x[here]) for x in (
+            logits / 1.5, batch["ref_logits"]))
+        logp, a = pi.log_prob(batch["actions"][here]), batch["advantages"][here]
+        k2 = (logp - ref.log_prob(batch["actions"][here])) ** 2 / 2
+        weight = (1 - ref.entropy() / math.log(40)) ** 2
+        terms = [-(a - a.mean()) / a.std(correction=0) * logp, 4 * weight * k2, -0.5 * pi.entropy()]
+        parts = [torch.cat([g.flatten() for g in torch.autograd.grad(
+            term.mean(), self.policy.parameters(), retain_graph=True)]) for term in terms]
+        norms = [part.norm().item() for part in parts]
+        self.assertGreater(min(norms), 0.3 * max(norms), "each term counts")
+
+        got, gradient = self.update(batch, kl_coef=4.0, entropy_coef=0.5)
+        self.close(gradient, sum(parts), atol=1e-6)
+        self.assertGreater(self.value_head[4].weight.grad.abs().sum().item(), 0)
+        self.assertAlmostEqual(self.update(batch, kl_coef=1e3)[1].norm().item(), 1, places=4)
+        for name, x in dict(kl=torch.distributions.kl_divergence(pi, ref), penalty=weight * k2,
+                            entropy=pi.entropy(), value_loss=error**2 / 2, weight=weight).items():
+            self.assertGreater(abs(got[name]), 0.001, name)
+            self.assertAlmostEqual(got[name] / x.mean().item(), 1, delta=0.001, msg=name)
+        again, _ = self.update(batch | dict(old_logp=batch["old_logp"] - math.log(2),
+                                            weight=2 * batch["weight"]))
+        self.assertAlmostEqual(again["penalty"] / got["penalty"], 4, places=4)
+        self.assertAlmostEqual(again["weight"] / got["weight"], 2, places=4)
+        self.assertEqual((got["clip_fraction"], again["clip_fraction"]), (0, 1))
 
 
 # ------------------------------------------------------------------ runs and scripts
@@ -1624,15 +1666,9 @@ class Analyze(Case):
             n for (kind, _), n in ends.items() if kind < 3)
         self.assertGreater(deep, 0.15, f"too few runs get past the readers: {ends}")
 
-    def report(self):
-        spec = importlib.util.spec_from_file_location("report", HERE / "assets/results/report.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
     def test_report(self):
         """The second time as the first; a section without its runs is left out and named."""
-        report = self.report()
+        report = load_script("assets/results/report.py")
         for alpha, m in itertools.product((0, 3), report.MODELS):
             self.write_run(f"runs/exponent/alpha{alpha}_model{m}", float(alpha), f"m{m}",
                            after=0.2 + alpha / 10)
@@ -1650,222 +1686,12 @@ class Analyze(Case):
 
     def test_report_at_equal_kl(self):
         """KL 2 is halfway from 1 to 4: alpha 0 has 30 and 35 points there, alpha 3 2 and 4 more."""
-        report = self.report()
+        report = load_script("assets/results/report.py")
         report.title = lambda name, groups: name
         report.outcomes = lambda runs, name: dict(enumerate(runs[name == "kl"]))
         text = report.at_equal_kl({"no penalty": [(50, 40), (4, 4)], "alpha 0": [(10, 30), (1, 1)],
                                    "alpha 3": [(32, 39), (2, 2)]})  # 3 -+ 12.706
         self.assertIn("| alpha 3 (2)      | +3.0 [-9.7, +15.7], p = 0.500 ", text)
-
-
-# ================================================================== not in the hand-out
-# What could give a solution away, and what makes the students' copy. In an exercise's entry,
-# `right` are solutions other than ours. `slips` are changes of ours that make it wrong (old, new,
-# old, new, ...; each old text everywhere), or wrong functions. The judge must refuse each slip and
-# each pair that can be combined. An entry is cut from its line on that begins with "right=".
-COPIED = "analyze.py pretrain.py README.md LICENSE requirements.txt .gitignore .ci assets".split()
-
-
-def table_row(exercise):
-    """Its row in the README's table."""
-    return "| {} | {} | `{}` | {} | {} |\n".format(*exercise[:5])
-
-
-def function_node(source, exercise):
-    return next(node for node in ast.parse(source).body
-                if getattr(node, "name", None) == exercise.function)
-
-
-def without_solutions(source, exercises):
-    """This file's source with these exercises alone, without solutions and what stands below."""
-    lines = source.splitlines(keepends=True)
-    for node in ast.parse(source).body:
-        for entry in getattr(node, "decorator_list", ()):  # of a judge
-            begin, right, end = (x - 1 for x in (
-                entry.lineno, entry.keywords[0].value.lineno, entry.end_lineno + 1))
-            lines[right:end] = ["    right=[], slips={})\n"] + [""] * (end - right - 1)
-            if entry.args[0].value not in [x.number for x in exercises]:
-                lines[begin : node.end_lineno + 2] = [""] * (node.end_lineno + 2 - begin)
-    cut = next(i for i, line in enumerate(lines) if line.endswith("= not in the hand-out\n"))
-    return "".join(lines[:cut] + lines[lines.index('if __name__ == "__main__":\n') :])
-
-
-def handout(folder, exercises):
-    """Write the students' copy, in which the bodies of these exercises are taken out."""
-    if HERE in (Path(folder).resolve(), *Path(folder).resolve().parents):
-        raise OSError("it would stand inside the project")
-    os.makedirs(folder)
-    for name in COPIED:
-        path = Path(HERE, name)
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, Path(folder, name))
-    shutil.rmtree(Path(folder, "assets/course"))
-    files = ["test_all.py", "README.md", *(x.file for x in EXERCISES)]
-    sources = {name: text_of(HERE, name) for name in files}
-    sources["test_all.py"] = without_solutions(sources["test_all.py"], exercises)
-    sources["README.md"] = re.sub(r"For teachers: .*?(?=\*\*Bug hunts)", "", sources["README.md"],
-                                  flags=re.S)
-    for x in EXERCISES:
-        if x not in exercises:  # a solved one
-            sources["README.md"] = sources["README.md"].replace(table_row(x), "")
-            continue
-        node, lines = function_node(sources[x.file], x), sources[x.file].splitlines(keepends=True)
-        lines[node.body[0].end_lineno : node.end_lineno] = [
-            f'    raise NotImplementedError("exercise {x.number}: {x.function}")\n']
-        sources[x.file] = "".join(lines)
-    for name, source in sources.items():
-        Path(folder, name).write_text(source, encoding="utf-8")
-    print(f"wrote {folder} with exercises {[x.number for x in exercises]} open")
-
-
-def solution(exercise):
-    """The source of the project's own function, without its docstring."""
-    lines = text_of(HERE, exercise.file).splitlines(keepends=True)
-    node = function_node("".join(lines), exercise)
-    return "".join([lines[node.lineno - 1], *lines[node.body[0].end_lineno : node.end_lineno]])
-
-
-def function_from(exercise, source):
-    names = dict(vars(sys.modules[exercise.file[:-3]]), math=math, torch=torch)
-    exec(f"{exercise.function} = {source}" if source.startswith("lambda") else source, names)
-    return names[exercise.function]
-
-
-def slipped(exercise):
-    """{name: source} of every wrong solution: with one slip, or two that go together."""
-    wrong, right, slips = {}, solution(exercise), list(exercise.slips.items())
-    for chosen in [[slip] for slip in slips] + list(itertools.combinations(slips, 2)):
-        source = right
-        for _, change in chosen:
-            if isinstance(change, str):  # a whole function
-                change = (right, change)
-            for old, new in zip(change[::2], change[1::2]):
-                source = source.replace(old, new) if old in source else ""
-        if source:
-            wrong[" and ".join(name for name, _ in chosen)] = source
-    return wrong
-
-
-class Solutions(Case):
-    def test_the_readme_has_the_table(self):
-        self.assertEqual([x.number for x in EXERCISES], list(range(1, len(EXERCISES) + 1)))
-        table = "|---|---|---|---|---|\n" + "".join(map(table_row, EXERCISES))
-        self.assertTrue(table in text_of(HERE, "README.md"), "README.md lacks\n" + table)
-
-    def test_right_and_wrong_solutions(self):
-        for x in EXERCISES:
-            self.assertEqual(judge(x), "", "the project's own")
-            for source in x.right:
-                self.assertEqual(judge(x, function_from(x, source)), "", source)
-            wrong = slipped(x)
-            self.assertEqual(set(x.slips) - set(wrong), set(), f"these do not change {x.function}")
-            for name, source in wrong.items():
-                with self.subTest(f"a slip in {x.function}: {name}"):
-                    message = judge(x, function_from(x, source))
-                    self.assertIn("Error", message)
-                    self.assertNotRegex(message, "(Name|Syntax)Error", "the slip itself is wrong")
-
-    def test_the_handout_holds_no_solution(self):
-        """Docstrings are whole, and no line of a solution stands anywhere."""
-        quiet(handout, "copy", EXERCISES)
-        files = [*Path("copy").glob("*.py"), Path("copy/README.md")]
-        for x in EXERCISES:
-            ours, theirs = (function_node(text_of(folder, x.file), x) for folder in (HERE, "copy"))
-            self.assertEqual(ast.get_docstring(theirs), ast.get_docstring(ours))
-            for source in (solution(x), *x.right):
-                for line in map(str.strip, source.splitlines()):
-                    for path in files if len(line) > 16 and "def " not in line else ():
-                        self.assertNotIn(line, text_of(path), path)
-
-    def test_a_plain_run_of_the_handout(self):
-        """It says first what is open; the judges fail, and nothing else does."""
-        quiet(handout, "copy", EXERCISES)
-        printed = self.python("test_all.py", folder="copy", code=1)
-        for x in EXERCISES:
-            self.assertIn(f"exercise {x.number} is open: {x.function} in {x.file}.", printed)
-        failed = re.findall(r"^(?:ERROR|FAIL): (\w+)", printed, re.M)
-        self.assertEqual(failed, [name for name in dir(Exercises) if name.startswith("test_ex")])
-
-    def test_from_a_handout_to_a_fine_tuned_model(self):
-        """Exercises 5 and 6 alone: ppo.py says at once what is open, and there are no points; then
-        both, and then the student's ppo.py runs."""
-        quiet(main, ["--handout", "copy", "--only", "6,5"])
-        rows = [table_row(x) in text_of("copy", "README.md") for x in EXERCISES]
-        self.assertEqual(rows, [x.number in (5, 6) for x in EXERCISES])
-        save_tiny("copy/tiny.pt")
-        tune = ["ppo.py", *RL, "--checkpoint", "tiny.pt", "--alpha", "3"]
-        self.assertIn("5: certainty in kl.py is open", self.python(*tune, folder="copy", code=2))
-        self.assertIn("0 of 30 in all", self.python("test_all.py", "--points", folder="copy"))
-        shutil.copy(HERE / "kl.py", "copy/kl.py")
-        self.assertIn("30 of 30 in all", self.python("test_all.py", "--points", folder="copy"))
-        self.python(*tune, folder="copy")
-
-    def test_points_of_a_bad_hand_in(self):
-        """What goes wrong in an exercise costs no other one; what prints is no JSON."""
-        quiet(handout, "copy", EXERCISES)
-        for file, more in (
-                ("data.py", "import os\nos.write(1, b'here')\ndef answer(*args): os._exit(0)"),
-                ("model.py", "def sample(*args):\n    while True: pass"), ("kl.py", "x = ("),
-                ("ppo.py", "import os\nprint(score := 40)\ndef gae(*args): os.abort()")):
-            Path("copy", file).write_text(text_of(HERE, file) + "\n" + more, encoding="utf-8")
-        options = "test_all.py --points --json --only".split()
-        got = json.loads(self.python(*options, "1,2,3,5,6,7,8", folder="copy"))
-        self.assertEqual([x["score"] for x in got["tests"]], [0, 15, 30, 0, 0, 0, 20])
-        self.assertEqual(set(got["tests"][0]), {"name", "score", "max_score", "output"})
-        self.assertEqual((set(got), got["score"]), ({"tests", "score", "execution_time"}, 65))
-        self.assertIn("exit code 0", got["tests"][0]["output"])
-        self.assertIn("(kl.py, line ", got["tests"][3]["output"])
-        got = json.loads(self.python(*options, "4", "--limit", "9", folder="copy"))
-        self.assertIn("stopped after 9 seconds", got["tests"][0]["output"])
-
-    def test_command_line(self):
-        Path("file").touch()
-        for options, message in (
-                ("--points --only a", "'a' is not a list"), ("--points --only", "--only"),
-                ("--points --only 5,", "'5,' is not"), ("--only 5", "goes with"),
-                ("--typo", "unrecognized"), ("--points --only=", "'' is not"),
-                (f"--handout {HERE}/assets/copy", "inside"), ("--handout file", "File exists"),
-                ("--handout file/copy", "cannot write"), ("--points --limit 0", "seconds")):
-            self.fails(main, options.split(), message)
-        self.assertEqual("3\n", self.python(
-            "-c", "import torch; torch.set_num_threads(3); import test_all; "
-            "print(torch.get_num_threads())", folder=HERE), "an import changes nothing")
-
-
-class Independent(Rollouts):
-    def test_one_epoch_of_one_minibatch(self):
-        """Over all answer tokens at once. The policy's gradient is A2C's, that of -A log pi +
-        kl_coef J^alpha k2 - entropy_coef H, clipped to norm 1; none is the critic's. The figures
-        are those of the rollout; then of actions that the policy takes twice as often by now, with
-        twice the weight."""
-        batch = self.rollout()
-        here = batch["mask"] > 0
-        batch["advantages"] += torch.randn(here.shape, generator=seeded())
-        logits, hidden = self.policy(batch["states"])
-        error = (self.value_head(hidden) - batch["returns"])[here]
-        pi, ref = (torch.distributions.Categorical(logits=x[here]) for x in (
-            logits / 1.5, batch["ref_logits"]))
-        logp, a = pi.log_prob(batch["actions"][here]), batch["advantages"][here]
-        k2 = (logp - ref.log_prob(batch["actions"][here])) ** 2 / 2
-        weight = (1 - ref.entropy() / math.log(40)) ** 2
-        terms = [-(a - a.mean()) / a.std(correction=0) * logp, 4 * weight * k2, -0.5 * pi.entropy()]
-        parts = [torch.cat([g.flatten() for g in torch.autograd.grad(
-            term.mean(), self.policy.parameters(), retain_graph=True)]) for term in terms]
-        norms = [part.norm().item() for part in parts]
-        self.assertGreater(min(norms), 0.3 * max(norms), "each term counts")
-
-        got, gradient = self.update(batch, kl_coef=4.0, entropy_coef=0.5)
-        self.close(gradient, sum(parts), atol=1e-6)
-        self.assertGreater(self.value_head[4].weight.grad.abs().sum().item(), 0)
-        self.assertAlmostEqual(self.update(batch, kl_coef=1e3)[1].norm().item(), 1, places=4)
-        for name, x in dict(kl=torch.distributions.kl_divergence(pi, ref), penalty=weight * k2,
-                            entropy=pi.entropy(), value_loss=error**2 / 2, weight=weight).items():
-            self.assertGreater(abs(got[name]), 0.001, name)
-            self.assertAlmostEqual(got[name] / x.mean().item(), 1, delta=0.001, msg=name)
-        again, _ = self.update(batch | dict(old_logp=batch["old_logp"] - math.log(2),
-                                            weight=2 * batch["weight"]))
-        self.assertAlmostEqual(again["penalty"] / got["penalty"], 4, places=4)
-        self.assertAlmostEqual(again["weight"] / got["weight"], 2, places=4)
-        self.assertEqual((got["clip_fraction"], again["clip_fraction"]), (0, 1))
 
 
 if __name__ == "__main__":
