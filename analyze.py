@@ -546,20 +546,22 @@ def unsure_tokens(answers, temperature):
     return dict(zip(("critical", "unsure", "both"), counts.tolist()))
 
 
-def paper_table_1(answers, temperature):
+def paper_table_1(answers, temperature, whole=True):
     """The paper's Table 1: certainty at critical tokens minus that at all others (None of none).
 
     Of each critical token that an answer reaches without an error: its certainty minus the mean of
-    the whole answer's other tokens. Means over an answer's tokens, then over the answers.
+    the answer's other tokens, of the whole answer or (not `whole`) of those up to the first error.
+    Means over an answer's tokens, then over the answers.
     """
     differences = []
     for answer in answers:
         sure = certainty(answer.logits[answer.start :] / temperature).numpy()  # (answer tokens,)
-        others = (sure.sum() - sure) / max(1, len(sure) - 1)
         is_reached = np.arange(answer.start, len(answer.text)) <= answer.error
-        chosen = is_reached & (answer.classes[answer.start :] == "critical token")
-        if chosen.any():
-            differences.append((sure - others)[chosen].mean())
+        critical = is_reached & (answer.classes[answer.start :] == "critical token")
+        counted = is_reached | whole
+        others = (sure[counted].sum() - sure) / max(1, counted.sum() - 1)
+        if critical.any():
+            differences.append((sure - others)[critical].mean())
     return float(np.mean(differences)) if differences else None
 
 
@@ -583,8 +585,11 @@ def tokens_text(models):
     critical, unsure, both = (sum(x["right_answers"][key] for x in models)
                               for key in ("critical", "unsure", "both"))
     temperatures = list(models[0]["table_1"])
-    means = [mean([x["table_1"][t] for x in models], "+.3f") for t in temperatures]
-    paper = table(["temperature", *temperatures], ["critical tokens minus others", *means])
+    paper = table(["critical tokens minus, at temperature", *temperatures], *(
+        [others, *(mean([x[name][t] for x in models], "+.3f") for t in temperatures)]
+        for others, name in (("all others", "table_1"),
+                             ("those up to the first error", "table_1_reached"))
+        if name in models[0]))
     return (f"{table(*rows)}\n\nIn right answers, of the critical tokens and copied digits, "
             f"{share(both, critical)}\nhave a certainty below 0.9. Of all tokens below 0.9, "
             f"{share(both, unsure)} are\nsuch tokens.\n\nThe paper's Table 1, of at most "
@@ -604,7 +609,8 @@ def tokens(args):
         problems=len(pairs), right=int(correct.sum()),
         first_wrong=first_wrong(answers, correct, args.temperature),
         right_answers=unsure_tokens(right, args.temperature),
-        table_1={str(t): paper_table_1(answers[:50], t) for t in (1, 2, 4)})
+        table_1={str(t): paper_table_1(answers[:50], t) for t in (1, 2, 4)},
+        table_1_reached={str(t): paper_table_1(answers[:50], t, False) for t in (1, 2, 4)})
     text = json.dumps(contents, indent=1, allow_nan=False)
     args.out.mkdir(parents=True, exist_ok=True)
     write_file(args.out / "tokens.json", lambda file: file.write(text.encode()))

@@ -1419,6 +1419,7 @@ class Analyze(Case):
         self.assertEqual(analyze.unsure_tokens(right, 2), dict(critical=7, unsure=2, both=1))
         wrong = self.answers(unsure, 2, (comma, "]"))  # it reaches one critical token, the comma
         self.assertAlmostEqual(analyze.paper_table_1(wrong, 1), -(L - 2) / (L - 1), places=5)
+        self.assertAlmostEqual(analyze.paper_table_1(wrong, 1, whole=False), -1, places=5)
         self.assertIsNone(analyze.paper_table_1(self.answers(unsure, 3), 1))
 
     def test_answer_in_text_and_picture(self):
@@ -1466,7 +1467,8 @@ class Analyze(Case):
         argv = ["tokens", "a.pt", "--problems", "6", "--device", "cpu", "--out", "f", "--show", "6"]
         quiet(analyze.main, argv + ["--after", "a.pt"])
         contents = json.loads(text_of("f/tokens.json"), parse_constant=self.fail)
-        self.assertEqual((contents["problems"], list(contents["table_1"])), (6, ["1", "2", "4"]))
+        for name in "table_1", "table_1_reached":
+            self.assertEqual((contents["problems"], list(contents[name])), (6, ["1", "2", "4"]))
         width, height = (int.from_bytes(Path("f/tokens.png").read_bytes()[i : i + 4])
                          for i in (16, 20))
         self.assertLess(max(width, height), 6000)

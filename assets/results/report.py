@@ -3,12 +3,14 @@
 A setting is shown when its runs from all ten pre-trained models have finished.
 """
 import argparse
+import itertools
 import json
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 
 ASSETS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ASSETS.parent))
@@ -127,6 +129,153 @@ def pretrained(runs, out):
             "![The pre-trained models learn](pretrained.png)\n")
 
 
+# ------------------------------------------------------------------ degrees of pre-training
+LENGTHS, SEEDS = (3, 4, 5, 6, 7), range(3)  # N; three models of each
+PAPER_TABLE_1 = {3: "-0.33", 5: "-0.21", 7: "-0.13"}
+
+
+def finished(runs, names):
+    """[Record] of those of these runs that are finished."""
+    names = [runs / name for name in names if (runs / name / "accuracies.json").exists()]
+    return analyze.load_runs(map(str, names)) if names else []
+
+
+def look_of_length(n):
+    """A colour for each N, light to dark, and a marker."""
+    i = LENGTHS.index(n)
+    return dict(color=colormaps["viridis_r"](0.15 + 0.2 * i), marker="o^sDv"[i])
+
+
+def percent(shares):
+    """Shares of models -> "98.7 (99.2, 98.0, 98.8)": the mean, then each; "-" of none."""
+    values = ", ".join(f"{100 * share:.1f}" for share in shares)
+    return f"{100 * np.mean(shares):.1f} ({values})" if shares else "-"
+
+
+def solved(models, kind, more):
+    """The models' accuracies on problems of N + more digits, where they have positions for them."""
+    cells = [(run.accuracies["after"], f"{kind} {run.settings['digits'] + more}") for run in models]
+    return [after[cell] for after, cell in cells if cell in after]
+
+
+def draw_degrees(models, found):
+    """The paper's Figures 2 and 3: before RL, and learning curves with alpha 0 and with alpha 3."""
+    alphas = sorted({alpha for _, k, alpha in found if k == 1})
+    figure, (before, *axes) = analyze.new_figure(
+        1 + len(alphas), 4.2, 3.2, "mean of the models of an N; left, small: each of them")
+    for n, of_n in models.items():
+        shares = [100 * np.array(solved(of_n, "varying", more)) for more in range(4)]
+        shares = [x for x in shares if len(x)]
+        style = look_of_length(n)
+        before.plot(range(len(shares)), [x.mean() for x in shares], **style, label=f"N = {n}",
+                    clip_on=False)
+        for more, x in enumerate(shares):
+            before.plot([more] * len(x), x, **style, ls="", ms=3, alpha=0.5, clip_on=False)
+    before.set_title("before RL: one or two numbers of N+k digits, %", fontsize=9)
+    before.set_xlabel("k, digits more than in pre-training")
+    before.set_xticks(range(4))
+    for axis, alpha in zip(axes, alphas):
+        for n in models:
+            if (n, 1, alpha) in found:
+                x, points = analyze.curve(found[n, 1, alpha], "nk_varying")
+                axis.plot(x, points[:, 0], **look_of_length(n), clip_on=False)
+        axis.set_title(f"RL, alpha {alpha}: one or two numbers of N+1 digits, %", fontsize=9)
+        axis.set_xlabel("answers in training")
+    for axis in (before, *axes):
+        axis.set_ylim(0, 100)
+    analyze.add_legend(figure)
+    return figure
+
+
+def degrees(runs, out):
+    """What pre-training on more digits changes: before RL, and for RL."""
+    models = {n: finished(runs, [f"pretrained/n{n}_seed{m}" for m in SEEDS]) for n in LENGTHS}
+    models = {n: of_n for n, of_n in models.items() if of_n}
+    before = {kind: [["N (models)", *(f"N{f'+{k}' if k else ''}" for k in range(4))]]
+              for kind in ("identical", "varying")}
+    unsure = [["N (models): critical tokens minus", "the paper's", *(
+        f"temperature {t}" for t in (1, 2, 4))]]
+    failures = [["N (models)", "failures", *analyze.CLASSES]]
+    for n, of_n in models.items():
+        name = f"{n} ({len(of_n)})"
+        for kind, rows in before.items():
+            rows.append([name, *(percent(solved(of_n, kind, more)) for more in range(4))])
+        tokens = [json.loads((run.folder / "tokens.json").read_text()) for run in of_n]
+        for others, key in (("all others", "table_1"),
+                            ("those up to the first error", "table_1_reached")):
+            unsure.append([f"{name}: {others}", PAPER_TABLE_1.get(n, "-"), *(
+                analyze.with_interval([x[key][t] for x in tokens if x[key][t] is not None], "+.3f")
+                for t in "124")])
+        counts = [sum(x["first_wrong"][name]["failures"] for x in tokens)
+                  for name in analyze.CLASSES]
+        n_problems = sum(x["problems"] for x in tokens)
+        failures.append([name, analyze.share(sum(counts), n_problems),
+                         *(analyze.share(count, sum(counts)) for count in counts)])
+
+    found, rows, commands = {}, [[
+        "N, k, alpha (models)", "right in training: iteration 1, %", "the last five, %",
+        "two N+k digits: before, %", "after, %", "two N digits: after, %"]], []
+    differences = [["N, k (models)", "two N+k digits", "sampled, training mix", "two N digits"]]
+    for n, k in itertools.product(models, (1, 2)):
+        of_length = "exponent/" if n == 5 else f"degrees/n{n}_" + (f"k{k}_" if k > 1 else "")
+        if (n, k) == (5, 2):
+            continue  # these models have positions for 6 digits
+        for alpha in (0, 3):
+            of_alpha = finished(runs, [f"{of_length}alpha{alpha}_model{m}" for m in SEEDS])
+            if not of_alpha:
+                continue
+            found[n, k, alpha] = of_alpha
+            success = [run.log["success"] for run in of_alpha]
+            rows.append([f"{n}, {k}, {alpha} ({len(of_alpha)})",
+                         percent([x[1] for x in success]), percent([x[-5:].mean() for x in success]),
+                         *(percent([run.accuracies[when][f"identical {n + more}"]
+                                    for run in of_alpha])
+                           for when, more in (("before", k), ("after", k), ("after", 0)))])
+            commands.append(command(of_alpha[0]).replace("$model",
+                                                         f"assets/pretrained/n{n}_seed$m.pt"))
+        if (n, k, 0) in found and (n, k, 3) in found:
+            points = [analyze.paired_differences(outcomes(found[n, k, 3], name),
+                                                 outcomes(found[n, k, 0], name))
+                      for name in analyze.OUTCOMES]
+            differences.append([f"{n}, {k} ({len(points[0])})", *map(analyze.verdict, points)])
+    save_figure(draw_degrees(models, found), out, "degrees.png")
+    commands = "\n".join(["python pretrain.py --digits $N --extra_digits 3 --seed $m", *commands])
+    return f"""
+## What does the degree of pre-training leave for RL?
+
+Means over the models of an N, each model's value in parentheses. Two numbers of N to N+3 digits, %
+solved before RL:
+
+{table(*before["identical"])}
+
+One or two such numbers:
+
+{table(*before["varying"])}
+
+Certainty, the paper's Table 1, of at most 50 greedy answers to problems with N+1 digits:
+
+{table(*unsure)}
+
+Where failures on problems with N+1 digits begin:
+
+{table(*failures)}
+
+RL on N+k digits:
+
+{table(*rows)}
+
+Alpha 3 minus alpha 0, in points, paired by model:
+
+{table(*differences)}
+
+![Before RL, and learning curves, by N](degrees.png)
+
+```
+{commands}
+```
+"""
+
+
 def report(args):
     """Write the page and its figures."""
     text, left_out = (args.runs / "README.md").read_text(encoding="utf-8"), []
@@ -153,6 +302,8 @@ def report(args):
             text += at_equal_kl(groups) + "\n\n"
         commands = "\n".join(command(runs[0]) for runs in groups.values())
         text += f"![{question}]({name}.png)\n\n```\n{commands}\n```\n"
+    if (args.runs / "pretrained/n3_seed0/tokens.json").exists():
+        text += degrees(args.runs, args.out)
     if left_out:
         missing = "\n- ".join(["\n## Left out, because not all runs have finished\n", *left_out])
         print(missing)
