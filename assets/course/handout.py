@@ -20,7 +20,7 @@ from test_all import EXERCISES, some_exercises  # noqa: E402
 
 COPIED = "analyze.py pretrain.py LICENSE requirements.txt .gitignore .ci assets".split()
 EDITED = ["test_all.py", "README.md", *(x.file for x in EXERCISES)]
-TELLING = {"Solutions", "Independent"}  # classes of tests that show what a solution looks like
+TELLING = {"Solutions", "test_one_epoch_of_one_minibatch"}  # tests that show solutions
 
 # right: solutions other than ours. slips: changes of ours that make it wrong (old, new, old, new,
 # ...; each old text everywhere), or wrong functions. The judge must refuse each slip and each pair
@@ -130,13 +130,14 @@ def function_node(source, exercise):
 
 
 def students_tests(source, exercises):
-    """test_all.py with the judges of these exercises alone, and without the classes of TELLING."""
+    """test_all.py with the judges of these exercises alone, and without the tests of TELLING."""
     left_out = TELLING | {x.judge.__name__ for x in EXERCISES if x not in exercises}
+    nodes = [node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") in left_out]
     lines = source.splitlines(keepends=True)
-    for node in reversed(ast.parse(source).body):
-        if getattr(node, "name", None) in left_out:
-            first = min(part.lineno for part in (node, *node.decorator_list))
-            del lines[first - 1 : node.end_lineno + 2]  # with the two empty lines below
+    for node in sorted(nodes, key=lambda node: -node.lineno):  # from the last one up
+        first = min(part.lineno for part in (node, *node.decorator_list)) - 1
+        n_empty = 1 if node.col_offset else 2  # lines below a method, or below what is not indented
+        del lines[first : node.end_lineno + n_empty]
     return "".join(lines)
 
 
