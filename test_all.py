@@ -3,8 +3,7 @@
     python test_all.py -k exercise_05              the judge of exercise 5; -k gae: all about gae
     python test_all.py --points                    points for the exercises; --json for autograders
 
-A test compares with an answer worked out by hand or by an independent route, never with a second
-copy of the code.
+A test compares with an answer found by hand or by another route, never with a copy of the code.
 """
 import argparse
 import contextlib
@@ -40,8 +39,8 @@ from torch.overrides import TorchFunctionMode
 if "--points" in sys.argv or "--judge" in sys.argv:
     # No student's file is imported here: `judge_alone` imports the one that it judges. The others
     # have stand-ins, so that no mistake in one file costs the exercises of another.
-    sys.modules.update({name: mock.MagicMock() for name in (
-        "data", "model", "kl", "pretrain", "ppo", "analyze")})
+    for name in "data", "model", "kl", "pretrain", "ppo", "analyze":
+        sys.modules[name] = mock.MagicMock()
 try:
     import data, model, kl, pretrain, ppo, analyze  # noqa: E401
     from model import GPT, GPTConfig, generate
@@ -167,9 +166,8 @@ Target:
 
 
 # ------------------------------------------------------------------ the exercises
-# A new exercise is its function's docstring and an entry at the end of this part: this decorator on
-# its judge, which becomes the test Exercises.test_exercise_<number>_<function>. The judge calls the
-# function with positional arguments, as often as it needs to.
+# A new exercise is its function's docstring and, last in this part, a judge with this decorator: a
+# test of Exercises, which calls the function with positional arguments, as often as it needs to.
 Exercise = namedtuple("Exercise", "number file function text minutes judge")
 EXERCISES = []
 
@@ -225,8 +223,7 @@ class Exercises(unittest.TestCase):
             right = type(got) is type(expected) and got == expected
         if isinstance(expected, str) and isinstance(got, str) and not right:
             i = next(i for i in range(len(got + expected)) if got[i : i + 1] != expected[i : i + 1])
-            hint = (f"The first difference, at character {i}: {expected[i : i + 12]!r} became "
-                    f"{got[i : i + 12]!r}")
+            hint = f"From character {i} on {expected[i : i + 12]!r} became {got[i : i + 12]!r}"
         if got is None:
             hint = "Is the return missing?"
         if not right:
@@ -309,12 +306,11 @@ def judge_sample(self):
     near = torch.tensor([[0, 1e-12, 0]] * 8)
     self.check(model.sample, (near, 0), [1] * 8, "temperature 0 is greedy, exactly")
     logits = torch.tensor([0.0, 2.0, 4.0]).repeat(20000, 1)
-    for temperature in (0.5, 1.0, 2.0):
+    for temperature in (0.5, 1.0, 2.0):  # tolerance: 5 standard errors
         drawn, _ = self.call(model.sample, logits, temperature, seeded())
         e = [math.exp(x / temperature) for x in (0, 2, 4)]
-        self.compare(torch.bincount(drawn, minlength=3) / 20000, "the shares of tokens in 20,000 "
-                     f"rows of sample([0, 2, 4], {temperature})", [x / sum(e) for x in e],
-                     tolerance=0.018)  # 5 standard errors
+        self.compare(torch.bincount(drawn, minlength=3) / 20000, "tokens' shares in 20,000 rows of "
+                     f"sample([0, 2, 4], {temperature})", [x / sum(e) for x in e], "", 0.018)
         if not torch.equal(model.sample(logits, temperature, seeded()), drawn):
             self.fail("\nsample with a generator of the same seed draws other tokens")
     for again in seeded(), None:
@@ -506,12 +502,10 @@ def main(argv=None):
 class Solutions(Case):
     course = functools.cached_property(lambda self: load_script("assets/course/handout.py"))
 
-    def test_the_readme_has_the_table(self):
+    def test_table_and_solutions(self):
         self.assertEqual([x.number for x in EXERCISES], list(range(1, len(EXERCISES) + 1)))
         table = "|---|---|---|---|---|\n" + "".join(map(self.course.table_row, EXERCISES))
         self.assertTrue(table in text_of(HERE, "README.md"), "README.md lacks\n" + table)
-
-    def test_right_and_wrong_solutions(self):
         for x in EXERCISES:
             right, slips = self.course.SOLUTIONS[x.function].values()
             for source in right:
@@ -528,15 +522,14 @@ class Solutions(Case):
         """Whole docstrings, no line of a solution. A plain run names what is open; judges fail."""
         quiet(self.course.main, ["copy"])
         self.assertNotRegex(text_of("copy/test_all.py"), "handout|Solutions|one_epoch")
-        files = [*Path("copy").rglob("*.py"), Path("copy/README.md")]
+        texts = "\n".join(map(text_of, [*Path("copy").rglob("*.py"), Path("copy/README.md")]))
         for x in EXERCISES:
             ours, theirs = (self.course.function_node(text_of(folder, x.file), x)
                             for folder in (HERE, "copy"))
             self.assertEqual(theirs.body[0].value.value, ours.body[0].value.value)
-            for source in (self.course.solution(x), *self.course.SOLUTIONS[x.function]["right"]):
-                for line in map(str.strip, source.splitlines()):
-                    for path in files if len(line) > 16 and "def " not in line else ():
-                        self.assertNotIn(line, text_of(path), path)
+            right = [self.course.solution(x), *self.course.SOLUTIONS[x.function]["right"]]
+            for line in map(str.strip, "\n".join(right).split("\n")):
+                self.assertFalse(len(line) > 16 and "def " not in line and line in texts, line)
         printed = self.python("test_all.py", folder="copy", code=1)
         for x in EXERCISES:
             self.assertIn(f"exercise {x.number} is open: {x.function} in {x.file}.", printed)
@@ -649,10 +642,9 @@ class Model(Case):
             layer = torch.nn.TransformerEncoderLayer(
                 16, 2, 64, 0.0, functools.partial(F.gelu, approximate="tanh"), batch_first=True,
                 norm_first=True)
-            parts = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj,
-                     block.ln_1, block.ln_2)
-            layer.load_state_dict(dict(zip(layer.state_dict(), (
-                p for part in parts for p in (part.weight, part.bias)))))
+            names = "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj ln_1 ln_2".split()
+            ours = (p for name in names for p in block.get_submodule(name).parameters())
+            layer.load_state_dict(dict(zip(layer.state_dict(), ours)))
             x = layer(x, torch.full((50, 50), -math.inf).triu(1))
         self.close(net(ids)[0], w.ln_f(x) @ w.wte.weight.T, atol=1e-5)
 
@@ -675,10 +667,9 @@ class Model(Case):
     def test_generation_of_ragged_prompts(self):
         """Greedy: as one at a time, with the text read again for each token. A row ends at the
         second line break from </scratch> on (not at another tag), after 60, or with the block."""
-        begun = data.prompt(7, 5) + "</scratch>\n"
-        prompts = [begun + x for x in ("3", "+,", "[7", "9 9\n", " ", "1")]
-        prompts += [data.prompt(7, 5) + "\n/scratch>\n</scratch\n4\n5\n"]
-        prompts = list(map(data.encode, [*prompts, *(WORKED[:n] for n in (28, 100, 110))]))
+        ends = ["</scratch>\n" + x for x in ("3", "+,", "[7", "9 9\n", " ", "1")]
+        texts = [data.prompt(7, 5) + x for x in (*ends, "\n/scratch>\n</scratch\n4\n5\n")]
+        prompts = list(map(data.encode, [*texts, *(WORKED[:n] for n in (28, 100, 110))]))
         for net in tiny_model(block_size=110), tiny_model(6):  # this one writes line breaks
             ids, lengths = generate(net, prompts, 60, 0)
             for row, n, text in zip(ids, lengths, prompts):
@@ -727,7 +718,6 @@ class Pretrain(Case):
             self.close(torch.linalg.svdvals(update), torch.ones(8), atol=0.4)
             u, _, v = torch.linalg.svd(0.0975 * h + 0.045125 * g, full_matrices=False)
             self.assertGreater(F.cosine_similarity(u @ v, update).mean().item(), 0.95)
-
         net = tiny_model()
         ours = [id(p) for optimizer in pretrain.make_optimizers(net, 0.1)
                 for group in optimizer.param_groups for p in group["params"]]
@@ -766,7 +756,6 @@ class Pretrain(Case):
                 terms += [-logp[i, t - 1, ids[i, t]].item() for t in range(p, n)]
             got = pretrain.answer_loss(net, ids, prompt_len, lengths, offset).item()
         self.assertAlmostEqual(got, np.mean(terms), places=4)
-
         rates = [pretrain.learning_rate(step, 1000, 2.0) for step in (0, 9, 99, 200, 600, 999)]
         np.testing.assert_allclose(rates, [0.02, 0.2, 2.0, 2.0, 1.0, 0.0025])
 
@@ -778,25 +767,20 @@ class PPO(Case):
         options = "--kl_coef 0.5 --alpha 2 --temperature 1.5 --entropy_coef 0".split()
         self.args = ppo.parse_args(options)
         self.pairs = [(12, 3), (34, 5), (6, 78), (90, 12), (3, 13), (8, 99), (50, 5), (44, 1)]
-        self.policy, self.reference = tiny_model(), tiny_model(7, std=0.6)
-        self.value_head = ppo.ValueHead(16, seeded())
-        torch.nn.init.normal_(self.value_head[4].weight, generator=seeded(1))
+        self.policy, self.ref = tiny_model(), tiny_model(7, std=0.6)
+        self.critic = ppo.ValueHead(16, seeded())
+        torch.nn.init.normal_(self.critic[4].weight, generator=seeded(1))
 
     def rollout(self, **settings):
         vars(self.args).update(settings)
-        return ppo.rollout(self.policy, self.value_head, self.reference, self.pairs, 1, self.args,
-                           seeded())
+        return ppo.rollout(self.policy, self.critic, self.ref, self.pairs, 1, self.args, seeded())
 
     def update(self, batch, lr=0.0, **settings):
         """-> (the logged figures, the policy's gradient as one vector)"""
         args = argparse.Namespace(**(vars(self.args) | settings))
-        stats = ppo.update(self.policy, self.value_head, torch.optim.SGD(
+        stats = ppo.update(self.policy, self.critic, torch.optim.SGD(
             self.policy.parameters(), lr), batch, args, seeded())
         return stats, torch.cat([p.grad.flatten() for p in self.policy.parameters()])
-
-    def test_normalize_divides_by_no_less_than_a_tenth(self):
-        x, mask = torch.tensor([[0.0, 0.01, 5.0]]), torch.tensor([[1.0, 1.0, 0.0]])
-        self.close(ppo.normalize(x, mask)[:, :2], torch.tensor([[-0.05, 0.05]]))
 
     def test_rollout(self):
         """The reward comes with the last action; one temperature samples and scores; ref_logp."""
@@ -807,7 +791,7 @@ class PPO(Case):
         self.assertEqual(batch["success"].tolist(), [1, 0] * 4)
         with torch.no_grad():
             logp, ref_logp = ((net(batch["states"])[0] / 1.5).log_softmax(-1).gather(
-                -1, batch["actions"][..., None])[..., 0] for net in (self.policy, self.reference))
+                -1, batch["actions"][..., None])[..., 0] for net in (self.policy, self.ref))
         for i, success in enumerate(batch["success"]):
             T, start = int(batch["n_actions"][i]), len(data.prompt(*self.pairs[i])) - 1
             mask = [float(start <= t < T) for t in range(batch["mask"].shape[1])]
@@ -855,7 +839,7 @@ class PPO(Case):
         here = batch["mask"] > 0
         batch["advantages"] += torch.randn(here.shape, generator=seeded())
         logits, hidden = self.policy(batch["states"])
-        error = (self.value_head(hidden) - batch["returns"])[here]
+        error = (self.critic(hidden) - batch["returns"])[here]
         pi, ref = (Categorical(logits=x[here]) for x in (logits / 1.5, batch["ref_logits"]))
         logp, a = pi.log_prob(batch["actions"][here]), batch["advantages"][here]
         k2 = (logp - ref.log_prob(batch["actions"][here])) ** 2 / 2
@@ -865,10 +849,9 @@ class PPO(Case):
             term.mean(), self.policy.parameters(), retain_graph=True)]) for term in terms]
         norms = [part.norm().item() for part in parts]
         self.assertGreater(min(norms), 0.3 * max(norms), "each term counts")
-
         got, gradient = self.update(batch, kl_coef=4.0, entropy_coef=0.5)
         self.close(gradient, sum(parts), atol=1e-6)
-        self.assertGreater(self.value_head[4].weight.grad.abs().sum().item(), 0)
+        self.assertGreater(self.critic[4].weight.grad.abs().sum().item(), 0)
         self.assertAlmostEqual(self.update(batch, kl_coef=1e3)[1].norm().item(), 1, places=4)
         for name, x in dict(kl=kl_divergence(pi, ref), penalty=weight * k2, entropy=pi.entropy(),
                             value_loss=error**2 / 2, weight=weight).items():
@@ -920,8 +903,10 @@ class PPO(Case):
             self.fails(lambda x: self.update(x, lr=1.0), batch | {name: wrong}, "at this update")
             self.assertEqual(every_number(self.policy.state_dict()), before)
 
-    def test_watch_critical(self):
-        """By hand for 12+3 with N = 1: line 1 has one comma, one critical and one copied digit."""
+    def test_normalize_and_watch_critical_by_hand(self):
+        """12+3 with N = 1: line 1 has one comma, one critical and one copied digit."""
+        x, mask = torch.tensor([[0.0, 0.01, 5.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+        self.close(ppo.normalize(x, mask)[:, :2], torch.tensor([[-0.05, 0.05]]))  # floor 0.1
         found = ppo.watch_critical(self.policy, [(12, 3)], 1, 1.5)
         ids = torch.tensor(data.encode(data.right_text(12, 3)))
         with torch.no_grad():
@@ -998,7 +983,6 @@ class Scripts(Case):
         printed = self.python("-c", f"{code}print(*map(test_all.run_killed, {folders}))")
         kills = list(map(int, printed.split()))
         self.assertTrue(kills[0] == 0 and kills[1] > 10 and min(kills[2:]) > 0, kills)
-        self.assertTrue(not SLOW or sum(kills) >= 60, kills)
         for folder in folders[1:]:
             self.assertTrue(results(folder) == results("whole"), folder)
 
@@ -1093,16 +1077,15 @@ class Scripts(Case):
         self.assertEqual(code, 130)
         self.assertIn("interrupted; the same command, without --fresh, goes on", errors)
         for script in "pretrain.py", "ppo.py", "analyze.py":  # while it imports, or just after
-            process = subprocess.Popen([sys.executable, script, "curves"], cwd=HERE,
-                                       stderr=subprocess.PIPE, text=True)
+            run = subprocess.Popen([sys.executable, script, "x"], cwd=HERE, stderr=subprocess.PIPE)
             time.sleep(0.5)
-            process.send_signal(signal.SIGINT)
-            self.assertNotIn("Traceback", process.communicate()[1])
+            run.send_signal(signal.SIGINT)
+            self.assertNotIn(b"Traceback", run.communicate()[1])
         code = "import sys, pretrain; sys.exit(pretrain.run_script(print, 'text', ''))"
         with subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE) as process:
-            process.stdout.close()  # who reads its output has ended
-            self.assertEqual((process.stderr.read(), process.wait()), (b"", 141))
+                              stderr=subprocess.PIPE) as run:
+            run.stdout.close()  # who reads its output has ended
+            self.assertEqual((run.stderr.read(), run.wait()), (b"", 141))
 
     def test_numbers_that_go_wrong(self):
         steps, loss = itertools.count(1), pretrain.answer_loss
@@ -1165,10 +1148,8 @@ class Scripts(Case):
         self.fails(pretrain.main, ["--digits", "99"], "GiB of memory")
         self.assertEqual(os.listdir(), ["p"], "nothing was written")
         Path("file").touch()
-        for out, message in (("file", "file"), ("file/run", "file"), ("x" * 300, "x" * 80),
-                             ("", "--out is empty")):
-            for fresh in [], ["--fresh"]:
-                self.fails(pretrain.main, [*PRETRAIN, "--out", out, *fresh], message)
+        for out, fresh in itertools.product(("file", "file/run", "x" * 300, ""), ([], ["--fresh"])):
+            self.fails(pretrain.main, [*PRETRAIN, "--out", out, *fresh], out[:4] or "out is empty")
 
     def test_fuzz(self):
         """Odd command lines, and runs whose files were damaged: a result or one line."""
@@ -1287,8 +1268,6 @@ class Analyze(Case):
                 (analyze.interval([4]), (4, math.nan, math.nan)),
                 (analyze.paired_differences(dict(m1=5, m0=1, m2=0), dict(m0=3, m1=4)), [1, -2])):
             np.testing.assert_allclose(got, expected, atol=2e-6)
-
-    def test_sign_flip_p(self):
         for differences, expected in (
                 ([3, -1, 2], 4 / 8),  # sums of 4 or more: 6, 4, -4, -6
                 ([0.1, 0.2, 0.3, -0.6], 1), ([0, 0], 1), ([], 1), ([2.0] * 40, 2 / 2**40),
@@ -1302,10 +1281,10 @@ class Analyze(Case):
             self.assertRaises(ValueError, analyze.sign_flip_p, wrong)
 
     def test_import_changes_nothing(self):
-        self.python("-c", "import matplotlib, sys; before = list(dict.items(matplotlib.rcParams)); "
-                    "import analyze; assert list(dict.items(matplotlib.rcParams)) == before; "
-                    "assert 'matplotlib.pyplot' not in sys.modules and 'ppo' not in sys.modules; "
-                    "import torch; torch.set_num_threads(3); import test_all; "
+        self.python("-c", "import matplotlib, sys, torch; torch.set_num_threads(3); "
+                    "before = list(dict.items(matplotlib.rcParams)); import analyze; "
+                    "assert not {'matplotlib.pyplot', 'ppo'} & set(sys.modules); import test_all; "
+                    "assert list(dict.items(matplotlib.rcParams)) == before; "
                     "assert torch.get_num_threads() == 3", folder=HERE)
 
     def answers(self, unsure, n_digits, *wrong):
@@ -1324,8 +1303,7 @@ class Analyze(Case):
         answers = self.answers([six + 1], 2, (six + 1, "]"), (six + 2, "6"), (six + 1, "6"),
                                (six, "7"), (len(WORKED) - 2, "6"))
         found = analyze.first_wrong(answers, [False, False, True, False, False], 2)
-        for name, counts in (("critical token", (3, 2, 1 / 3)), ("copied digit", (1, 1, 1)),
-                             ("elsewhere", (1, 1, 1))):
+        for name, counts in zip(analyze.CLASSES, ((3, 2, 1 / 3), (1, 1, 1), (1, 1, 1))):
             np.testing.assert_allclose(list(found[name].values()), counts, atol=1e-7)
         found = analyze.first_wrong(self.answers([], 2), [True], 2)
         self.assertEqual(found["elsewhere"], dict(answers=0, failures=0, certainty=None))
@@ -1368,8 +1346,7 @@ class Analyze(Case):
     def test_answer(self):
         save_tiny("a.pt")
         for words in (["12+3"], [" 12 + 3 "], ["12", "+", "3"], ["a.pt", "12+3"]):
-            argv = ["answer", "a.pt", *words, "--device", "cpu", "--out", "f"]
-            _, printed = quiet(analyze.main, argv)
+            _, printed = quiet(analyze.main, ["answer", "a.pt", *words, "--device=cpu", "--out=f"])
             self.assertIn("12+3: ", printed)
             self.assertEqual(printed.count("operand 1: last comma "), 1 + ("a.pt" in words))
         self.assertGreater(os.path.getsize("f/answer.png"), 1000)
@@ -1451,9 +1428,9 @@ class Analyze(Case):
         for i, settings in enumerate(kinds):
             self.write_run(f"runs/{i}", model=f"m{i}", **settings)
         groups = analyze.group_runs(analyze.load_runs(["runs/*"]))
-        self.assertEqual({label: len(runs) for label, runs in groups.items()}, {
-            "alpha 0": 1, "alpha 3": 1, "alpha 3, kl_coef 0.05": 1, "alpha 10": 1, "oracle": 2,
-            "alpha 3, matched": 1, "no penalty": 2})
+        self.assertEqual([f"{label}: {len(groups[label])}" for label in groups], [
+            "alpha 0: 1", "alpha 3: 1", "alpha 3, kl_coef 0.05: 1", "alpha 10: 1",
+            "alpha 3, matched: 1", "oracle: 2", "no penalty: 2"])
         self.write_run("runs/9", lr=0.01)
         self.write_run("runs/10", lr=0.002)
         labels = list(analyze.group_runs(analyze.load_runs(["runs/9", "runs/10"])))
@@ -1474,10 +1451,9 @@ class Analyze(Case):
         self.assertEqual(len({tuple(analyze.look(label).values()) for label in groups}), 4)
         [axis] = analyze.draw_curves(groups, ["nk_identical"]).axes
         self.assertEqual((axis.get_title(), axis.get_ylim()), ("two 6-digit numbers, %", (0, 100)))
-        lines = {line.get_label(): line for line in axis.lines}
-        for label in groups:
-            self.assertEqual(lines[label].get_color(), analyze.look(label)["color"])
-            np.testing.assert_allclose(lines[label].get_ydata(), [25, 35])
+        for label, x in zip(groups, axis.lines[::2]):  # after each curve comes its interval
+            self.assertEqual((x.get_label(), x.get_color()), (label, analyze.look(label)["color"]))
+            np.testing.assert_allclose(x.get_ydata(), [25, 35])
         shown, printed = quiet(analyze.legible, {i: -i for i in range(50)}, 30)
         self.assertEqual(shown, {i: -i for i in range(30)})
         self.assertIn("the first 30 of 50 settings", printed)
@@ -1486,8 +1462,7 @@ class Analyze(Case):
         """What is damaged ends in one line that names it; what is not there yet is left out."""
         run = self.write_run("runs/a [1]")
         empty, begun = self.write_run("runs/b", rows=0), self.write_run("runs/c", rows=1)
-        self.write_run("runs/d")
-        os.remove("runs/d/log.csv")
+        os.remove(self.write_run("runs/d") / "log.csv")
         _, printed = quiet(analyze.main, ["curves", "runs/a [1]", "runs/?"])
         for path in (empty, begun, "runs/d"):
             self.assertIn(str(path), printed)
