@@ -38,7 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 from kl import certainty, prioritized_kl
 from model import load, load_checkpoint, read, read_file, solve, write_file
-from pretrain import number, run_script, stop, to_device
+from pretrain import load_parts, number, run_script, stop, to_device
 
 
 # ------------------------------------------------------------------ statistics
@@ -655,11 +655,9 @@ def explain(args):
 
     def load_state(path):
         state = load(path)
-        policy.load_state_dict(state["policy"])
-        value_head.load_state_dict(state["value_head"])
-        finite = all(p.isfinite().all() for p in policy.parameters())
-        if state["settings"] != settings or not finite:
-            raise ValueError("it is of other settings, or a weight is not finite")
+        load_parts(state, dict(policy=policy, value_head=value_head))
+        if state["settings"] != settings:
+            raise ValueError("it is of other settings")
         return int(state["step"])
 
     if (args.run_folder / "state.pt").exists():

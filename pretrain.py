@@ -307,11 +307,7 @@ class Run:
     def load_state(self, path):
         state = load(path)
         self.check_settings(state["settings"])
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-            if isinstance(part, torch.nn.Module) and not all(
-                    p.isfinite().all() for p in part.parameters()):
-                raise ValueError(f"a weight of {name} is not finite")
+        load_parts(state, self.parts)
         self.step, self.earlier, self.text = state["step"], float(state["seconds"]), state["log"]
         if type(self.step) is not int or type(self.text) is not str:
             raise ValueError("its step or its log")
@@ -370,6 +366,15 @@ class Run:
         """Write accuracies.json: with it and model.pt the run is finished."""
         self.write_json("accuracies.json", dict(settings=self.settings, **tables))
         print(f"\nfinished in {self.seconds() / 60:.1f} minutes; saved {self.files['model.pt']}")
+
+
+def load_parts(state, parts):
+    """Load what a state.pt holds into modules and optimizers by name. Weights must be finite."""
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+        if isinstance(part, torch.nn.Module) and not all(
+                p.isfinite().all() for p in part.parameters()):
+            raise ValueError(f"a weight of {name} is not finite")
 
 
 def read_json(path):
