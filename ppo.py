@@ -357,12 +357,13 @@ def train(args):
             row |= {name: accuracies[cell] for name, cell in columns.items() if cell in accuracies}
             with torch.no_grad():  # of right answers of 1..N digits: forgetting shows there first
                 row["n_nats"] = answer_loss(policy, *old_batch).item()
-        cells = [format(row[name], form) if name in row else "-"
+        cells = [format(round(row[name], 6) + 0.0, form) if name in row else "-"  # no -0.0000
                  for name, (_, form) in shown.items()]
         tqdm.write(f"{iteration:3d}" + "".join(f"{cell:>13}" for cell in cells))
         bar.set_postfix({name: f"{row[name]:.3f}" for name in ("success", "kl") if name in row})
-        if row.get("success") == 0:
-            tqdm.write("    no answer was right: there is nothing to learn from here")
+        if iteration == 1 and row["success"] == 0:
+            tqdm.write("    no answer was right: there is nothing to learn from here; a model that "
+                       "was pre-trained\n    on more digits may get some right")
         run.log(iteration, row, last=iteration == args.iterations)
 
     # 4. Measure, unless the loop did, and save.
