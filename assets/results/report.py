@@ -262,9 +262,12 @@ Alpha 3 minus alpha 0, in points, paired by model:
 def degrees(runs, out):
     """What pre-training on more digits changes: before RL, and for RL."""
     models = {n: finished(runs, [f"pretrained/n{n}_seed{m}" for m in SEEDS]) for n in LENGTHS}
+    control = finished(runs, [f"tried/n5_positions8_seed{m}" for m in SEEDS])
     models = {n: of_n for n, of_n in models.items() if of_n}
     found = runs_of_lengths(runs)
     save_figure(draw_degrees(models, found), out, "degrees.png")
+    if control:
+        models["5, positions for 8 digits"] = control
     commands = "\n".join(
         command(of_key[0]).replace("$model", f"assets/pretrained/n{n}_seed$m.pt")
         for (n, _, _), of_key in found.items())
