@@ -983,6 +983,7 @@ class Scripts(Case):
         printed = self.python("-c", f"{code}print(*map(test_all.run_killed, {folders}))")
         kills = list(map(int, printed.split()))
         self.assertTrue(kills[0] == 0 and kills[1] > 10 and min(kills[2:]) > 0, kills)
+        self.assertTrue(not SLOW or sum(kills) >= 60, kills)
         for folder in folders[1:]:
             self.assertTrue(results(folder) == results("whole"), folder)
 
@@ -1179,18 +1180,6 @@ class Scripts(Case):
                 os.remove("copy/accuracies.json")
             self.ends_well(ppo.main, [*RL, "--out", "copy"])
             shutil.rmtree(copy)
-
-    def test_help(self):
-        """Each script's --help has all its options; analyze.py alone names its verbs."""
-        for script, argv, words in (
-                (pretrain.main, ["--help"], vars(pretrain.parse_args([]))),
-                (ppo.main, ["--help"], vars(ppo.parse_args([]))),
-                (main, ["--help"], ["--slow", "--points", "--json", "--only"]),
-                (analyze.main, [], ["answer", "tokens", "explain", "curves", "compare"]),
-                (analyze.main, ["tokens", "--help"], ["--problems", "--temperature"])):
-            code, *printed = ended(script, argv)
-            missing = [word for word in words if word not in "".join(printed)]
-            self.assertEqual((code, missing), (0 if argv else 2, []))
 
     def test_folder_names(self):
         """Short, legal on Windows, the same for the same settings and no others."""
@@ -1537,12 +1526,11 @@ class Analyze(Case):
         text = re.sub(" +", " ", text_of("one/README.md"))
         for part in ("# Results\n\n## Does weighting", "+30.0 [+30.0, +30.0], p = 0.002",
                      "\n- And with half the coefficient? less/alpha0_half, less/alpha3_half\n",
-                     "--out out/exponent/alpha0_model$m --alpha 0\n",
                      "| 3 (2) | 100.0 (100.0, 100.0) | 50.0 (50.0, 50.0) | - | - |",
                      "| 3 (2): all others | -0.33 | -0.050 [-0.685, +0.585] |",
                      "| 3 (2) | 9 of 20: 45% | 1 of 9: 11% | 3 of 9: 33% | 5 of 9: 56% |",
                      "| 3, 1, 3 (1) | 10.0 | 50.0 | 25.0 | 60.0 | 100.0 |",
-                     "| 3, 1 (1) | +10.0 | - | +0.0 |", "n3_seed$m.pt --out out/degrees/n3_alpha0"):
+                     "| 3, 1 (1) | +10.0 | - | +0.0 |", "n3_alpha0_model$m --alpha 0\n"):
             self.assertIn(part, text)
 
     def test_report_at_equal_kl(self):
