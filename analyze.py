@@ -38,7 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 from kl import certainty, prioritized_kl
 from model import load, load_checkpoint, read, read_file, solve, write_file
-from pretrain import number, run_script, stop, to_device
+from pretrain import load_parts, number, run_script, stop, to_device
 
 
 # ------------------------------------------------------------------ statistics
@@ -204,7 +204,8 @@ def group_runs(runs):
 
     groups = {}
     for run in runs:
-        words = [f"{name} {run.settings.get(name, '-')}" for name in varying]
+        words = [f"{name} {run.settings.get(name, '-')}".replace("extra_digits ", "k = ").replace(
+            "digits ", "N = ") for name in varying]
         label = ", ".join([penalty_in_words(run.settings), *words])
         groups.setdefault(label, []).append(run)
 
@@ -249,6 +250,9 @@ LOOKS = {  # colour and marker of a setting, the same in all figures
     "alpha 3, matched": ("#d9a400", "P"), "alpha 100, matched": ("#8c6d00", "P"),
     "alpha 3, shuffled": ("#e6550d", ">"), "alpha 3, threshold": ("#31a354", "d"),
     "oracle": ("#8c510a", "H")}
+LOOKS |= {f"alpha 3, N = {n}": look for n, look in {  # light to dark
+    3: ("#a0da39", "o"), 4: ("#4ac16d", "^"), 5: ("#277f8e", "s"), 6: ("#365c8d", "D"),
+    7: ("#440154", "v")}.items()}
 MOST_ROWS, MOST_CURVES = 30, 8  # settings in a figure: more are not legible
 
 
@@ -271,7 +275,7 @@ def models_in_words(groups):
     """"mean of 10 models, 95% interval": what a figure shows of these settings."""
     counts = [n_models(runs) for runs in groups.values()]
     if max(counts) == 1:
-        return "one model"
+        return "one model" if n_models(all_runs(groups)) == 1 else "one model each"
     few, many = min(counts), max(counts)
     models = str(many) if few == many else f"{few} to {many}"
     return f"mean of {models} models, 95% interval"
@@ -651,11 +655,9 @@ def explain(args):
 
     def load_state(path):
         state = load(path)
-        policy.load_state_dict(state["policy"])
-        value_head.load_state_dict(state["value_head"])
-        finite = all(p.isfinite().all() for p in policy.parameters())
-        if state["settings"] != settings or not finite:
-            raise ValueError("it is of other settings, or a weight is not finite")
+        load_parts(state, dict(policy=policy, value_head=value_head))
+        if state["settings"] != settings:
+            raise ValueError("it is of other settings")
         return int(state["step"])
 
     if (args.run_folder / "state.pt").exists():

@@ -983,6 +983,7 @@ class Scripts(Case):
         printed = self.python("-c", f"{code}print(*map(test_all.run_killed, {folders}))")
         kills = list(map(int, printed.split()))
         self.assertTrue(kills[0] == 0 and kills[1] > 10 and min(kills[2:]) > 0, kills)
+        self.assertTrue(not SLOW or sum(kills) >= 60, kills)
         for folder in folders[1:]:
             self.assertTrue(results(folder) == results("whole"), folder)
 
@@ -1180,18 +1181,6 @@ class Scripts(Case):
             self.ends_well(ppo.main, [*RL, "--out", "copy"])
             shutil.rmtree(copy)
 
-    def test_help(self):
-        """Each script's --help has all its options; analyze.py alone names its verbs."""
-        for script, argv, words in (
-                (pretrain.main, ["--help"], vars(pretrain.parse_args([]))),
-                (ppo.main, ["--help"], vars(ppo.parse_args([]))),
-                (main, ["--help"], ["--slow", "--points", "--json", "--only"]),
-                (analyze.main, [], ["answer", "tokens", "explain", "curves", "compare"]),
-                (analyze.main, ["tokens", "--help"], ["--problems", "--temperature"])):
-            code, *printed = ended(script, argv)
-            missing = [word for word in words if word not in "".join(printed)]
-            self.assertEqual((code, missing), (0 if argv else 2, []))
-
     def test_folder_names(self):
         """Short, legal on Windows, the same for the same settings and no others."""
         long, names = "--kl_coef 0.05 --lr 0.001 --value_lr 0.01 --temperature 1.2", []
@@ -1246,18 +1235,19 @@ class Scripts(Case):
 
 # ------------------------------------------------------------------ analyze.py
 class Analyze(Case):
-    def write_run(self, folder, alpha=3.0, model="m0", after=0.5, rows=2, **settings):
-        """A run of ppo.py, N = 5, k = 1, as it lies on disk; two 6-digit numbers: 25% before."""
-        path = Path(folder)
+    def write_run(self, folder, alpha=3.0, model="m0", after=0.5, rows=2, digits=5, **settings):
+        """A run of ppo.py, k = 1, as it lies on disk; two numbers of N + 1 digits: 25% before."""
+        path, new = Path(folder), f"identical {digits + 1}"
         path.mkdir(parents=True)
-        settings = dict(alpha=alpha, kl_coef=0.1, kl_weight="certainty", digits=5, extra_digits=1,
-                        seed=0, task="add", pretrained=model, eval_every=5) | settings
-        before = {"identical 5": 1.0, "varying 5": 1.0, "identical 6": 0.25, "varying 6": 0.5}
-        tables = dict(settings=settings, before=before, after=before | {"identical 6": after})
+        settings = dict(alpha=alpha, kl_coef=0.1, kl_weight="certainty", digits=digits, seed=0,
+                        extra_digits=1, task="add", pretrained=model, eval_every=5) | settings
+        before = {f"identical {digits}": 1.0, f"varying {digits}": 1.0, new: 0.25,
+                  f"varying {digits + 1}": 0.5}
+        tables = dict(settings=settings, before=before, after=before | {new: after})
         (path / "settings.json").write_text(json.dumps(settings))
         (path / "accuracies.json").write_text(json.dumps(tables))
-        (path / "log.csv").write_text("iteration,episodes,kl,nk_identical\n" + "".join(
-            f"{i},{64 * i},{'' if i == 0 else 0.5},{0.25 + i / 10}\n" for i in range(rows)))
+        (path / "log.csv").write_text("iteration,episodes,kl,nk_identical,success\n" + "".join(
+            f"{i},{64 * i},{0.5 if i else ''},{0.25 + i / 10},{i / 10}\n" for i in range(rows)))
         return path
 
     def test_statistics_by_hand(self):
@@ -1514,21 +1504,33 @@ class Analyze(Case):
         self.assertGreater(codes.count(0) / len(codes), 0.15, "so few get past the readers")
 
     def test_report(self):
-        """The second time as the first; a section without its runs is left out and named."""
+        """The second time as the first; a section without its runs is left out and named. Two
+        models of N = 3, with 3 and 6 failures of 10; RL from one, alpha 3 ends 10 points higher."""
         report = load_script("assets/results/report.py")
-        for alpha, m in itertools.product((0, 3), report.MODELS):
-            self.write_run(f"runs/exponent/alpha{alpha}_model{m}", float(alpha), f"m{m}",
-                           after=0.2 + alpha / 10)
+        for x in 0, 3:
+            self.write_run(f"runs/degrees/n3_alpha{x}_model0", float(x), "m0", 0.5 + x / 30, 8, 3)
+            for m in report.MODELS:
+                self.write_run(f"runs/exponent/alpha{x}_model{m}", float(x), f"m{m}", 0.2 + x / 10)
+        for m in range(2):
+            folder = self.write_run(f"runs/pretrained/n3_seed{m}", digits=3)
+            failures = {name: dict(failures=i + m) for i, name in enumerate(analyze.CLASSES)}
+            minus = {t: -m / 10 for t in "124"}
+            (folder / "tokens.json").write_text(json.dumps(dict(
+                problems=10, first_wrong=failures, table_1=minus, table_1_reached=minus)))
         Path("runs/README.md").write_text("# Results\n")
         for out in ("one", "two"):
             quiet(report.main, ["--runs", "runs", "--out", out])
         same, *others = filecmp.cmpfiles("one", "two", os.listdir("one"), shallow=False)
         self.assertEqual((others, sorted(same)), ([[], []], [
-            "README.md", "exponent.png", "learning.png"]))
-        text = text_of("one/README.md")
+            "README.md", "degrees.png", "exponent.png", "learning.png"]))
+        text = re.sub(" +", " ", text_of("one/README.md"))
         for part in ("# Results\n\n## Does weighting", "+30.0 [+30.0, +30.0], p = 0.002",
                      "\n- And with half the coefficient? less/alpha0_half, less/alpha3_half\n",
-                     "--out out/exponent/alpha0_model$m --alpha 0\n"):
+                     "| 3 (2) | 100.0 (100.0, 100.0) | 50.0 (50.0, 50.0) | - | - |",
+                     "| 3 (2): all others | -0.33 | -0.050 [-0.685, +0.585] |",
+                     "| 3 (2) | 9 of 20: 45% | 1 of 9: 11% | 3 of 9: 33% | 5 of 9: 56% |",
+                     "| 3, 1, 3 (1) | 10.0 | 50.0 | 25.0 | 60.0 | 100.0 |",
+                     "| 3, 1 (1) | +10.0 | - | +0.0 |", "n3_alpha0_model$m --alpha 0\n"):
             self.assertIn(part, text)
 
     def test_report_at_equal_kl(self):

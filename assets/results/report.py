@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
 
 ASSETS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ASSETS.parent))
@@ -140,16 +139,12 @@ def finished(runs, names):
     return analyze.load_runs(map(str, names)) if names else []
 
 
-def look_of_length(n):
-    """A colour for each N, light to dark, and a marker."""
-    i = LENGTHS.index(n)
-    return dict(color=colormaps["viridis_r"](0.15 + 0.2 * i), marker="o^sDv"[i])
-
-
 def percent(shares):
-    """Shares of models -> "98.7 (99.2, 98.0, 98.8)": the mean, then each; "-" of none."""
-    values = ", ".join(f"{100 * share:.1f}" for share in shares)
-    return f"{100 * np.mean(shares):.1f} ({values})" if shares else "-"
+    """Shares of models -> "98.7 (99.2, 98.0, 98.8)", the mean, then each; "98.7" of one."""
+    values = [f"{100 * share:.1f}" for share in shares]
+    if len(values) < 2:
+        return values[0] if values else "-"
+    return f"{100 * np.mean(shares):.1f} ({', '.join(values)})"
 
 
 def solved(models, kind, more):
@@ -166,7 +161,7 @@ def draw_degrees(models, found):
     for n, of_n in models.items():
         shares = [100 * np.array(solved(of_n, "varying", more)) for more in range(4)]
         shares = [x for x in shares if len(x)]
-        style = look_of_length(n)
+        style = analyze.look(f"alpha 3, N = {n}")
         before.plot(range(len(shares)), [x.mean() for x in shares], **style, label=f"N = {n}",
                     clip_on=False)
         for more, x in enumerate(shares):
@@ -177,9 +172,9 @@ def draw_degrees(models, found):
     for axis, alpha in zip(axes, alphas):
         for n in models:
             if (n, 1, alpha) in found:
-                x, points = analyze.curve(found[n, 1, alpha], "nk_varying")
-                axis.plot(x, points[:, 0], **look_of_length(n), clip_on=False)
-        axis.set_title(f"RL, alpha {alpha}: one or two numbers of N+1 digits, %", fontsize=9)
+                x, points = analyze.curve(found[n, 1, alpha], "nk_identical")
+                axis.plot(x, points[:, 0], **analyze.look(f"alpha 3, N = {n}"), clip_on=False)
+        axis.set_title(f"RL, alpha {alpha}: two numbers of N+1 digits, %", fontsize=9)
         axis.set_xlabel("answers in training")
     for axis in (before, *axes):
         axis.set_ylim(0, 100)
@@ -187,70 +182,36 @@ def draw_degrees(models, found):
     return figure
 
 
-def degrees(runs, out):
-    """What pre-training on more digits changes: before RL, and for RL."""
-    models = {n: finished(runs, [f"pretrained/n{n}_seed{m}" for m in SEEDS]) for n in LENGTHS}
-    models = {n: of_n for n, of_n in models.items() if of_n}
-    before = {kind: [["N (models)", *(f"N{f'+{k}' if k else ''}" for k in range(4))]]
-              for kind in ("identical", "varying")}
-    unsure = [["N (models): critical tokens minus", "the paper's", *(
-        f"temperature {t}" for t in (1, 2, 4))]]
-    failures = [["N (models)", "failures", *analyze.CLASSES]]
+def before_rl(models):
+    """{N: [Record]} of pre-training -> tables: what they solve, where they are unsure, or fail."""
+    titles = ["N (models)", "N digits", "N+1", "N+2", "N+3"]
+    two, one_or_two, failures = [titles], [titles], [["N (models)", "failures", *analyze.CLASSES]]
+    unsure = [["N (models): critical tokens minus", "the paper's",
+               *(f"temperature {t}" for t in "124")]]
     for n, of_n in models.items():
         name = f"{n} ({len(of_n)})"
-        for kind, rows in before.items():
-            rows.append([name, *(percent(solved(of_n, kind, more)) for more in range(4))])
+        two.append([name, *(percent(solved(of_n, "identical", more)) for more in range(4))])
+        one_or_two.append([name, *(percent(solved(of_n, "varying", more)) for more in range(4))])
+
         tokens = [json.loads((run.folder / "tokens.json").read_text()) for run in of_n]
         for others, key in (("all others", "table_1"),
                             ("those up to the first error", "table_1_reached")):
-            unsure.append([f"{name}: {others}", PAPER_TABLE_1.get(n, "-"), *(
-                analyze.with_interval([x[key][t] for x in tokens if x[key][t] is not None], "+.3f")
-                for t in "124")])
+            means = [analyze.with_interval([x[key][t] for x in tokens if x[key][t] is not None],
+                                           "+.3f") for t in "124"]
+            unsure.append([f"{name}: {others}", PAPER_TABLE_1.get(n, "-"), *means])
         counts = [sum(x["first_wrong"][name]["failures"] for x in tokens)
                   for name in analyze.CLASSES]
         n_problems = sum(x["problems"] for x in tokens)
         failures.append([name, analyze.share(sum(counts), n_problems),
                          *(analyze.share(count, sum(counts)) for count in counts)])
+    return f"""Means over the models of an N, and each model's value. Two numbers of so many digits, %
+solved:
 
-    found, rows, commands = {}, [[
-        "N, k, alpha (models)", "right in training: iteration 1, %", "the last five, %",
-        "two N+k digits: before, %", "after, %", "two N digits: after, %"]], []
-    differences = [["N, k (models)", "two N+k digits", "sampled, training mix", "two N digits"]]
-    for n, k in itertools.product(models, (1, 2)):
-        of_length = "exponent/" if n == 5 else f"degrees/n{n}_" + (f"k{k}_" if k > 1 else "")
-        if (n, k) == (5, 2):
-            continue  # these models have positions for 6 digits
-        for alpha in (0, 3):
-            of_alpha = finished(runs, [f"{of_length}alpha{alpha}_model{m}" for m in SEEDS])
-            if not of_alpha:
-                continue
-            found[n, k, alpha] = of_alpha
-            success = [run.log["success"] for run in of_alpha]
-            rows.append([f"{n}, {k}, {alpha} ({len(of_alpha)})",
-                         percent([x[1] for x in success]), percent([x[-5:].mean() for x in success]),
-                         *(percent([run.accuracies[when][f"identical {n + more}"]
-                                    for run in of_alpha])
-                           for when, more in (("before", k), ("after", k), ("after", 0)))])
-            commands.append(command(of_alpha[0]).replace("$model",
-                                                         f"assets/pretrained/n{n}_seed$m.pt"))
-        if (n, k, 0) in found and (n, k, 3) in found:
-            points = [analyze.paired_differences(outcomes(found[n, k, 3], name),
-                                                 outcomes(found[n, k, 0], name))
-                      for name in analyze.OUTCOMES]
-            differences.append([f"{n}, {k} ({len(points[0])})", *map(analyze.verdict, points)])
-    save_figure(draw_degrees(models, found), out, "degrees.png")
-    commands = "\n".join(["python pretrain.py --digits $N --extra_digits 3 --seed $m", *commands])
-    return f"""
-## What does the degree of pre-training leave for RL?
-
-Means over the models of an N, each model's value in parentheses. Two numbers of N to N+3 digits, %
-solved before RL:
-
-{table(*before["identical"])}
+{table(*two)}
 
 One or two such numbers:
 
-{table(*before["varying"])}
+{table(*one_or_two)}
 
 Certainty, the paper's Table 1, of at most 50 greedy answers to problems with N+1 digits:
 
@@ -259,18 +220,66 @@ Certainty, the paper's Table 1, of at most 50 greedy answers to problems with N+
 Where failures on problems with N+1 digits begin:
 
 {table(*failures)}
+"""
 
-RL on N+k digits:
+
+def runs_of_lengths(runs):
+    """{(N, k, alpha): [Record]} of the finished runs; N = 5 has positions for 6 digits alone."""
+    found = {}
+    for n, k, alpha in itertools.product(LENGTHS, (1, 2), (0, 3)):
+        folder = f"degrees/n{n}_" if k == 1 else f"degrees/n{n}_k{k}_"
+        folder = "exponent/" if (n, k) == (5, 1) else folder
+        found[n, k, alpha] = finished(runs, [f"{folder}alpha{alpha}_model{m}" for m in SEEDS])
+    return {key: of_key for key, of_key in found.items() if of_key}
+
+
+def after_rl(found):
+    """{(N, k, alpha): [Record]} -> tables: what RL started from and reached, alpha 3 against 0."""
+    rows = [["N, k, alpha (models)", "right in training: iteration 1, %", "the last five, %",
+             "two N+k digits: before, %", "after, %", "two N digits: after, %"]]
+    differences = [["N, k (models)", "two N+k digits", "sampled, training mix", "two N digits"]]
+    for (n, k, alpha), of_key in found.items():
+        success = [run.log["success"] for run in of_key]
+        measured = [[run.accuracies[when][f"identical {digits}"] for run in of_key]
+                    for when, digits in (("before", n + k), ("after", n + k), ("after", n))]
+        rows.append([f"{n}, {k}, {alpha} ({len(of_key)})", *map(percent, (
+            [x[1] for x in success], [x[-5:].mean() for x in success], *measured))])
+        if alpha == 3 and (n, k, 0) in found:
+            points = [analyze.paired_differences(outcomes(of_key, name),
+                                                 outcomes(found[n, k, 0], name))
+                      for name in analyze.OUTCOMES]
+            differences.append([f"{n}, {k} ({len(points[0])})", *map(analyze.verdict, points)])
+    return f"""RL on N+k digits:
 
 {table(*rows)}
 
 Alpha 3 minus alpha 0, in points, paired by model:
 
 {table(*differences)}
+"""
 
+
+def degrees(runs, out):
+    """What pre-training on more digits changes: before RL, and for RL."""
+    models = {n: finished(runs, [f"pretrained/n{n}_seed{m}" for m in SEEDS]) for n in LENGTHS}
+    control = finished(runs, [f"tried/n5_positions8_seed{m}" for m in SEEDS])
+    models = {n: of_n for n, of_n in models.items() if of_n}
+    found = runs_of_lengths(runs)
+    save_figure(draw_degrees(models, found), out, "degrees.png")
+    if control:
+        models["5, positions for 8 digits"] = control
+    commands = "\n".join(
+        command(of_key[0]).replace("$model", f"assets/pretrained/n{n}_seed$m.pt")
+        for (n, _, _), of_key in found.items())
+    return f"""
+## What does the degree of pre-training leave for RL?
+
+{before_rl(models)}
+{after_rl(found)}
 ![Before RL, and learning curves, by N](degrees.png)
 
 ```
+python pretrain.py --digits $N --extra_digits 3 --seed $m
 {commands}
 ```
 """
