@@ -808,9 +808,8 @@ class PPO(Case):
         """Certainties 1, 1/2, 0, 1, ... with alpha 2: weights 1, 1/4, 0."""
         self.patch("ppo.certainty", lambda logits: torch.tensor([1.0, 0.5, 0.0])[
             torch.arange(logits[..., 0].numel()).view(logits.shape[:2]) % 3])
-        kinds = "certainty", "shuffled", "matched", "threshold"
-        batches = [self.rollout(kl_weight=kind) for kind in kinds]
-        expected, shuffled, matched, threshold = (x["weight"][x["mask"] > 0] for x in batches)
+        got = [self.rollout(kl_weight=x) for x in ("certainty", "shuffled", "matched", "threshold")]
+        expected, shuffled, matched, threshold = (x["weight"][x["mask"] > 0] for x in got)
         self.assertEqual(expected[:6].sort()[0].tolist(), [0, 0, 0.25, 0.25, 1, 1])
         self.close(matched, expected.mean().expand_as(expected))
         self.close(threshold, (expected == 1).float())
@@ -1065,8 +1064,7 @@ class Scripts(Case):
                 self.assertIn("the run goes on", self.finished("--fresh")[1])
         self.assertEqual(self.finished()[0], expected)
         for n in 8, 7:  # the last state fails, or the last row
-            failing = [*[None] * n, full, *[None] * 99]
-            with mock.patch("os.fsync", side_effect=failing), save_each_time():
+            with mock.patch("os.fsync", side_effect=[None] * n + [full] * 99), save_each_time():
                 self.fails(ppo.main, [*RL, "--fresh"], "(No space left on device)")
             self.assertEqual(list(Path("r").glob("*.part")), [])
             model.load("r/state.pt")  # is whole
