@@ -278,8 +278,10 @@ def degrees(runs, out):
 {after_rl(found)}
 ![Before RL, and learning curves, by N](degrees.png)
 
+The models are in assets/pretrained; those of N = 3, 4, 6 and 7, and the control, were made by
+`python pretrain.py --digits $N --extra_digits 3 --seed $m`.
+
 ```
-python pretrain.py --digits $N --extra_digits 3 --seed $m
 {commands}
 ```
 """
