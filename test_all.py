@@ -478,15 +478,21 @@ def main(argv=None):
     add("--limit", type=float, default=60, help="seconds for an exercise's points (default 60)")
     add("--only", metavar="5,6", type=some_exercises, help="these exercises alone")
     add("--judge", nargs=2, help=argparse.SUPPRESS)
+    ap.set_defaults(handout=None)
+    if (HERE / "assets/course").exists():  # the students' copy makes no other
+        add("--handout", metavar="DIR", help="write the students' copy, exercises blank, to DIR")
     args = ap.parse_args(argv)
     if args.judge:
         return judge_alone(*args.judge)
-    if args.only and not args.points:
-        ap.error("--only goes with --points")
+    if args.only and not args.points and args.handout is None:
+        ap.error("--only goes with --points or --handout")
     if not 0 < args.limit < 1e6:
         ap.error("--limit is a number of seconds")
     if args.points:
         return points(args.only or EXERCISES, args.limit, args.json)
+    if args.handout is not None:
+        numbers = [x.number for x in args.only or EXERCISES]
+        return load_script("assets/course/handout.py").main(args.handout, numbers)
     command = [sys.argv[0], *(word for name in args.k for word in ("-k", name))]
     for x in () if args.k else EXERCISES:
         if "NotImplementedError: exercise" in judge(x):
@@ -520,8 +526,8 @@ class Solutions(Case):
 
     def test_the_handout(self):
         """Whole docstrings, no line of a solution. A plain run names what is open; judges fail."""
-        quiet(self.course.main, ["copy"])
-        self.assertNotRegex(text_of("copy/test_all.py"), "handout|Solutions|one_epoch")
+        quiet(main, ["--handout", "copy"])
+        self.assertNotRegex(text_of("copy/test_all.py"), "Solutions|one_epoch")
         texts = "\n".join(map(text_of, [*Path("copy").rglob("*.py"), Path("copy/README.md")]))
         for x in EXERCISES:
             ours, theirs = (self.course.function_node(text_of(folder, x.file), x)
@@ -538,7 +544,7 @@ class Solutions(Case):
 
     def test_from_a_handout_to_a_fine_tuned_model(self):
         """Exercises 5 and 6 alone: while they are open ppo.py says so, and there are no points."""
-        quiet(self.course.main, ["copy", "--only", "6,5"])
+        quiet(main, ["--handout", "copy", "--only", "6,5"])
         rows = [self.course.table_row(x) in text_of("copy", "README.md") for x in EXERCISES]
         self.assertEqual(rows, [x.number in (5, 6) for x in EXERCISES])
         save_tiny("copy/tiny.pt")
@@ -551,7 +557,7 @@ class Solutions(Case):
 
     def test_points_of_a_bad_hand_in(self):
         """What goes wrong in an exercise costs no other one; what prints is no JSON."""
-        quiet(self.course.main, ["copy"])
+        quiet(main, ["--handout", "copy"])
         for file, more in (
                 ("data.py", "import os\nos.write(1, b'here')\ndef answer(*args): os._exit(0)"),
                 ("model.py", "def sample(*args):\n    while True: pass"), ("kl.py", "x = ("),
@@ -569,15 +575,13 @@ class Solutions(Case):
 
     def test_command_line(self):
         Path("file").touch()
-        handout = self.course.main
-        for script, options, message in (
-                (main, "--points --only a", "'a' is not a list"), (main, "--only 5", "goes with"),
-                (main, "--points --only", "--only"), (main, "--points --only 5,", "'5,' is not"),
-                (main, "--points --only=", "'' is not"), (main, "--points --limit 0", "seconds"),
-                (main, "--typo", "unrecognized"), (handout, "file", "File exists"),
-                (handout, "", "folder"), (handout, f"{HERE}/assets/copy", "inside"),
-                (handout, "file/copy", "cannot write"), (handout, "copy --only 5,", "'5,' is not")):
-            self.fails(script, options.split(), message)
+        for options, message in (
+                ("--points --only a", "'a' is not a list"), ("--points --only", "--only"),
+                ("--points --only 5,", "'5,' is not"), ("--points --only=", "'' is not"),
+                ("--points --limit 0", "seconds"), ("--only 5", "goes with"), ("--typo", "unrecog"),
+                (f"--handout {HERE}/assets/copy", "inside"), ("--handout file", "File exists"),
+                ("--handout file/copy", "cannot write"), ("--handout", "expected one argument")):
+            self.fails(main, options.split(), message)
 
 
 # ------------------------------------------------------------------ data.py

@@ -1,9 +1,9 @@
-"""For teachers: the students' copy of the project.  Run: python assets/course/handout.py ../course
+"""For teachers: the students' copy of the project, in which the exercises' functions are blank.
+`python test_all.py --handout ../course` writes it.
 
-In the copy the exercises' functions are blank. This folder is not in it, because here are right and
-wrong solutions, on which the tests try the judges.
+This folder is not in the copy, because here are right and wrong solutions, on which the tests try
+the judges.
 """
-import argparse
 import ast
 import itertools
 import math
@@ -16,7 +16,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from test_all import EXERCISES, some_exercises  # noqa: E402
+from pretrain import stop  # noqa: E402
+from test_all import EXERCISES  # noqa: E402
 
 COPIED = "analyze.py pretrain.py LICENSE requirements.txt .gitignore .ci assets".split()
 EDITED = ["test_all.py", "README.md", *(x.file for x in EXERCISES)]
@@ -129,9 +130,9 @@ def function_node(source, exercise):
                 if getattr(node, "name", None) == exercise.function)
 
 
-def students_tests(source, exercises):
+def students_tests(source, numbers):
     """test_all.py with the judges of these exercises alone, and without the tests of TELLING."""
-    left_out = TELLING | {x.judge.__name__ for x in EXERCISES if x not in exercises}
+    left_out = TELLING | {x.judge.__name__ for x in EXERCISES if x.number not in numbers}
     nodes = [node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") in left_out]
     lines = source.splitlines(keepends=True)
     for node in sorted(nodes, key=lambda node: -node.lineno):  # from the last one up
@@ -141,7 +142,7 @@ def students_tests(source, exercises):
     return "".join(lines)
 
 
-def handout(folder, exercises):
+def handout(folder, numbers):
     """Write the students' copy, in which the bodies of these exercises are taken out."""
     if ROOT in (folder.resolve(), *folder.resolve().parents):
         raise OSError("it would stand inside the project")
@@ -150,11 +151,11 @@ def handout(folder, exercises):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
     shutil.rmtree(folder / "assets/course")
     sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in EDITED}
-    sources["test_all.py"] = students_tests(sources["test_all.py"], exercises)
+    sources["test_all.py"] = students_tests(sources["test_all.py"], numbers)
     sources["README.md"] = re.sub(r"For teachers: .*?(?=\*\*Bug hunts)", "", sources["README.md"],
                                   flags=re.S)
     for x in EXERCISES:
-        if x not in exercises:  # a solved one
+        if x.number not in numbers:  # a solved one
             sources["README.md"] = sources["README.md"].replace(table_row(x), "")
             continue
         node, lines = function_node(sources[x.file], x), sources[x.file].splitlines(keepends=True)
@@ -163,7 +164,14 @@ def handout(folder, exercises):
         sources[x.file] = "".join(lines)
     for name, source in sources.items():
         (folder / name).write_text(source, encoding="utf-8")
-    print(f"wrote {folder} with exercises {[x.number for x in exercises]} open")
+    print(f"wrote {folder} with exercises {numbers} open")
+
+
+def main(folder, numbers):
+    try:
+        handout(Path(folder), numbers)
+    except OSError as error:
+        stop(f"cannot write {folder}: {error}")
 
 
 # ------------------------------------------------------------------ right and wrong solutions
@@ -194,21 +202,3 @@ def slipped(exercise):
         if source:
             wrong[" and ".join(name for name, _ in chosen)] = source
     return wrong
-
-
-def main(argv=None):
-    ap = argparse.ArgumentParser(description="Write the students' copy of the project, in which "
-                                 "the functions that are exercises are blank.")
-    ap.add_argument("folder", type=Path, help="where to write it: a new folder outside the project")
-    ap.add_argument("--only", metavar="5,6", type=some_exercises, default=EXERCISES,
-                    help="leave these exercises open; the other functions stay as they are, and "
-                    "their judges go")
-    args = ap.parse_args(argv)
-    try:
-        handout(args.folder, args.only)
-    except OSError as error:
-        ap.error(f"cannot write {args.folder}: {error}")
-
-
-if __name__ == "__main__":
-    main()
