@@ -45,7 +45,7 @@ def parse_args(argv):
     add("--task", choices=data.TASKS, default="add", help="what the problems are")
     add("--preset", choices=PRESETS, default="narrow", help="model size; paper is for a GPU")
     add("--steps", type=number(int, 1, 10**9), default=4000,
-        help="optimizer steps; on 2 CPU cores 4000 take 10 minutes for N = 3, 20 for 5, 30 for 7")
+        help="optimizer steps; 4000 take about 10 minutes for N = 3, 20 for 5, 30 for 7")
     add("--batch_size", type=number(int, 1, 10**5), default=8, help="worked problems a step")
     add("--lr", type=number(float, 0, 1), default=3e-3, help="peak learning rate, Muon and AdamW")
     add("--eval_problems", type=number(int, 1, 10**5), default=250,
