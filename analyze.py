@@ -174,6 +174,7 @@ def load_runs(names):
 
 # ------------------------------------------------------------------ groups of runs
 PENALTY = {"alpha", "kl_coef", "kl_weight"}
+SHORT = dict(digits="N =", extra_digits="k =")
 POOLED = {"eval_every", "eval_problems", "final_problems", "checkpoint", "seed", "pretrained"}
 
 
@@ -204,8 +205,7 @@ def group_runs(runs):
 
     groups = {}
     for run in runs:
-        words = [f"{name} {run.settings.get(name, '-')}".replace("extra_digits ", "k = ").replace(
-            "digits ", "N = ") for name in varying]
+        words = [f"{SHORT.get(name, name)} {run.settings.get(name, '-')}" for name in varying]
         label = ", ".join([penalty_in_words(run.settings), *words])
         groups.setdefault(label, []).append(run)
 
@@ -550,6 +550,10 @@ def unsure_tokens(answers, temperature):
     return dict(zip(("critical", "unsure", "both"), counts.tolist()))
 
 
+# In tokens.json: what the certainty at critical tokens is compared with.
+TABLE_1 = dict(table_1="all others", table_1_reached="those up to the first error")
+
+
 def paper_table_1(answers, temperature, whole=True):
     """The paper's Table 1: certainty at critical tokens minus that at all others (None of none).
 
@@ -591,9 +595,7 @@ def tokens_text(models):
     temperatures = list(models[0]["table_1"])
     paper = table(["critical tokens minus, at temperature", *temperatures], *(
         [others, *(mean([x[name][t] for x in models], "+.3f") for t in temperatures)]
-        for others, name in (("all others", "table_1"),
-                             ("those up to the first error", "table_1_reached"))
-        if name in models[0]))
+        for name, others in TABLE_1.items() if name in models[0]))
     return (f"{table(*rows)}\n\nIn right answers, of the critical tokens and copied digits, "
             f"{share(both, critical)}\nhave a certainty below 0.9. Of all tokens below 0.9, "
             f"{share(both, unsure)} are\nsuch tokens.\n\nThe paper's Table 1, of at most "

@@ -183,7 +183,7 @@ def draw_degrees(models, found):
 
 
 def before_rl(models):
-    """{N: [Record]} of pre-training -> tables: what they solve, where they are unsure, or fail."""
+    """{N, or its name: [Record]} of pre-training -> tables: what they solve, where they fail."""
     titles = ["N (models)", "N digits", "N+1", "N+2", "N+3"]
     two, one_or_two, failures = [titles], [titles], [["N (models)", "failures", *analyze.CLASSES]]
     unsure = [["N (models): critical tokens minus", "the paper's",
@@ -194,8 +194,7 @@ def before_rl(models):
         one_or_two.append([name, *(percent(solved(of_n, "varying", more)) for more in range(4))])
 
         tokens = [json.loads((run.folder / "tokens.json").read_text()) for run in of_n]
-        for others, key in (("all others", "table_1"),
-                            ("those up to the first error", "table_1_reached")):
+        for key, others in analyze.TABLE_1.items():
             means = [analyze.with_interval([x[key][t] for x in tokens if x[key][t] is not None],
                                            "+.3f") for t in "124"]
             unsure.append([f"{name}: {others}", PAPER_TABLE_1.get(n, "-"), *means])
