@@ -203,8 +203,8 @@ def before_rl(models):
         n_problems = sum(x["problems"] for x in tokens)
         failures.append([name, analyze.share(sum(counts), n_problems),
                          *(analyze.share(count, sum(counts)) for count in counts)])
-    return f"""Means over the models of an N, and each model's value. Two numbers of so many digits, %
-solved:
+    return f"""Means over the models of an N, and each model's value. Two numbers of so many digits,
+% solved:
 
 {table(*two)}
 
