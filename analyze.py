@@ -463,7 +463,8 @@ def draw_answers(columns, temperature):
         image = axis.imshow(grid, WHITE_TO_RED, scale, aspect="auto")
         axis.set_xlim(-9, width - 0.5)
         axis.set_axis_off()
-        axis.set_title(name, fontsize=9)
+        printable = name.encode(errors="backslashreplace").decode()  # a file may have any name
+        axis.set_title(printable, fontsize=9, parse_math=False)
     figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01,
                     label=f"certainty before the character,\nat temperature {temperature:g}")
     return figure

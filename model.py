@@ -162,10 +162,10 @@ def token_logp(logits, actions):
 def slices(rows, lengths):
     """Cut rows (indices) into slices of like length: yields (rows of the slice, T).
 
-    The first T tokens hold the slice's texts. A slice has as many rows as fit a CPU's cache or a
-    GPU's memory. T is a multiple of 32, so that few different shapes occur.
+    The first T tokens hold the slice's texts; T is a multiple of 32, so that few different shapes
+    occur. On a CPU 8 rows at once are no faster than 4, and take 230 MB more in PPO's update.
     """
-    size = 8 if rows.device.type == "cpu" else 64
+    size = 4 if rows.device.type == "cpu" else 64
     by_length = rows[lengths[rows].argsort(stable=True)]
     for part in by_length.split(size):
         longest = int(lengths[part].max())
@@ -311,11 +311,11 @@ def read_file(path, parse, way_out):
 
 
 def write_file(path, write):
-    """write(binary file) under another name first: what is called `path` is always whole.
+    """write(binary file) under another name first, the process's own: `path` is always whole.
 
     The bytes reach the disk before the name does. OSError of one line if they cannot.
     """
-    part = f"{path}.part"
+    part = f"{path}.{os.getpid()}.part"
     try:
         with open(part, "wb") as file:
             write(file)

@@ -300,7 +300,8 @@ def train(args):
              f"--extra_digits {args.extra_digits}")
     # For each token of an answer: keys and values of all layers, and logits.
     n_floats = 2 * reference.config.n_layer * reference.config.n_embd + len(data.VOCAB)
-    check_memory(4 * n_floats * n_tokens * args.episodes, device, "--episodes")
+    n_answers = max(args.episodes, 64)  # 64: in an evaluation
+    check_memory(4 * n_floats * n_tokens * n_answers, device, "--episodes")
     pretrained = pretrained_name(reference, facts)
     prefix = f"ppo_{pretrained}_alpha{args.alpha}".removesuffix(".0")
     folder = folder_of(args, parse_args([]), prefix, ["alpha"])

@@ -148,9 +148,11 @@ def train(args):
     longest = args.digits + args.extra_digits
     block_size = math.ceil(data.max_length(longest, args.task) / 32) * 32
     config = GPTConfig(block_size, **PRESETS[args.preset])
-    # The attention scores of all layers, and their softmax, are kept for the gradient.
-    n_scores = config.n_layer * config.n_head * args.batch_size * block_size**2
-    check_memory(8 * n_scores, device, "--digits or --batch_size")
+    # Kept for the gradient: the attention scores of all layers, and their softmax. In an
+    # evaluation: the keys and values of 64 answers.
+    n_scores = config.n_head * args.batch_size * block_size**2
+    n_keys = 64 * block_size * config.n_embd
+    check_memory(8 * config.n_layer * max(n_scores, n_keys), device, "--digits or --batch_size")
     model = GPT(config, torch.Generator().manual_seed(args.seed)).to(device)
     muon, adamw = make_optimizers(model, args.lr)
     prefix = f"pretrain_n{args.digits}"
@@ -248,6 +250,8 @@ class Run:
         self.text, self.on_disk = "", 0  # of log.csv; how many of its characters are on disk
         self.started = self.saved = time.monotonic()
         self.lock_folder()
+        for path in self.folder.glob("*.part"):  # a killed process left it
+            path.unlink()
         if any(path.exists() for path in self.files.values()):
             self.look_at_earlier_run(fresh)
         self.finished = self.is_finished()
@@ -369,12 +373,19 @@ class Run:
 
 
 def load_parts(state, parts):
-    """Load what a state.pt holds into modules and optimizers by name. Weights must be finite."""
+    """Load what a state.pt holds into modules and optimizers by name.
+
+    ValueError for nan or infinity, and for moments that have not their weights' shape.
+    """
     for name, part in parts.items():
         part.load_state_dict(state[name])
-        if isinstance(part, torch.nn.Module) and not all(
-                p.isfinite().all() for p in part.parameters()):
-            raise ValueError(f"a weight of {name} is not finite")
+        if isinstance(part, torch.nn.Module):
+            numbers = [(p, p) for p in part.parameters()]
+        else:  # Muon's momentum is that of several weights of one shape
+            numbers = [(p, x) for p, moments in part.state.items() for x in moments.values()]
+        for p, x in numbers:
+            if x.shape[-p.dim():] not in (p.shape, ()) or not x.isfinite().all():
+                raise ValueError(f"{name} has nan, infinity or moments of another shape")
 
 
 def read_json(path):
@@ -487,7 +498,13 @@ def run_script(function, args, hint=RESUMES):
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # PyTorch has loaded
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):  # a folder's name may hold what cannot be printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     keep_freed_memory()
+    # Threads add up in another order, and runs of one seed then end tens of points apart.
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     try:
         stop_at_open_exercise()
         function(args)
@@ -504,8 +521,9 @@ def run_script(function, args, hint=RESUMES):
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise  # a fault of ours
         stop("there is not enough memory for these sizes; give smaller ones")
-    finally:
-        if Run.lock:  # a notebook's process goes on
+    finally:  # a notebook's process goes on
+        torch.set_num_threads(threads)
+        if Run.lock:
             Run.lock.close()
     return 0
 

@@ -962,8 +962,6 @@ def run_killed(folder):
             return n - 1 if status == 0 else sys.exit(1)
         for path in Path().glob("[pr]/*.pt"):
             model.load(path)  # is whole
-        for path in Path().glob("[pr]/*.part"):  # as if killed while writing
-            os.truncate(path, path.stat().st_size // 2)
 
 
 @mock.patch.dict(model.PRESETS, TINY)
@@ -1008,9 +1006,12 @@ class Scripts(Case):
                 self.assertEqual((again, "r resumes after step 3" in printed), (results, True))
         os.remove("r/accuracies.json")
         nan = {name: x * math.nan for name, x in state["policy"].items()}
-        small = ppo.ValueHead(8).state_dict()
-        for other in [], dict(step=1), *(state | {name: x} for name, x in dict(
-                log=5, step="x", seconds="x", policy=nan, value_head=small).items()):
+        small, adam = ppo.ValueHead(8).state_dict(), state["optimizer"]
+        adam = [adam | dict(state=adam["state"] | {0: adam["state"][0] | dict(exp_avg=x)})
+                for x in (torch.zeros(3), nan["transformer.wte.weight"])]
+        for other in [], dict(step=1), *(state | {name: x} for name, x in (
+                ("log", 5), ("step", "x"), ("seconds", "x"), ("policy", nan),
+                ("value_head", small), ("optimizer", adam[0]), ("optimizer", adam[1]))):
             torch.save(other, "r/state.pt")
             self.fails(ppo.main, RL, "--fresh starts over")
         torch.save(state, "r/state.pt")
@@ -1052,6 +1053,20 @@ class Scripts(Case):
                 self.fails(ppo.main, RL + fresh, "choose another --out")
         self.assertEqual((text_of("r/log.csv"), os.path.exists("r/model.pt")), ("mine", True))
         self.fails(ppo.main, [*RL, "--out", "p", "--fresh"], "holds the checkpoint in use")
+
+    def test_two_that_write_one_file(self):
+        """Each has a name of its own for what is not whole; a run removes what a killed one left.
+        """
+        def during(file):
+            with mock.patch("os.getpid", return_value=1):
+                model.write_file("r/one", lambda other: other.write(b"other"))
+            file.write(b"mine")
+        os.mkdir("r")
+        model.write_file("r/one", during)
+        self.assertEqual(text_of("r/one"), "mine")
+        Path("r/model.pt.1.part").touch()
+        self.finished()
+        self.assertEqual(list(Path("r").glob("*.part")), [])
 
     def test_writes_that_fail(self):
         """The next write carries what was missed, or what somebody removed; the last is whole."""
@@ -1279,6 +1294,16 @@ class Analyze(Case):
                     "assert list(dict.items(matplotlib.rcParams)) == before; "
                     "assert torch.get_num_threads() == 3", folder=HERE)
 
+    def test_one_thread(self):
+        """So that a seed gives the same numbers however many cores there are."""
+        self.addCleanup(torch.set_num_threads, 1)
+        torch.set_num_threads(3)
+        for given, expected in ({}, 1), (dict(OMP_NUM_THREADS="3"), 3):
+            with mock.patch.dict(os.environ, given, clear=True):
+                pretrain.run_script(lambda args: self.assertEqual(
+                    torch.get_num_threads(), expected), None)
+            self.assertEqual(torch.get_num_threads(), 3)
+
     def answers(self, unsure, n_digits, *wrong):
         """WORKED, each time with another character at an index, as read by a model of certainty 0
         before the characters at the indices `unsure`, else 1."""
@@ -1349,6 +1374,9 @@ class Analyze(Case):
                 ("1+2", "name one or two"), ("a.pt a.pt a.pt 1+2", "name one or two")):
             self.fails(analyze.main, ["answer", *words.split(" ")], message)
         self.assertEqual(analyze.parse_problem("12 -5", "subtract"), (12, -5))
+        if sys.platform == "linux":  # a name that is no UTF-8, nor a formula
+            os.rename("a.pt", b"\xff$\\x$.pt")
+            self.python(HERE / "analyze.py", "answer", b"\xff$\\x$.pt", "12+3", "--device=cpu")
 
     def test_tokens(self):
         """The json is there before the picture, with no NaN; a picture of bounded size."""
