@@ -1263,8 +1263,10 @@ class Analyze(Case):
         tables = dict(settings=settings, before=before, after=before | {new: after})
         (path / "settings.json").write_text(json.dumps(settings))
         (path / "accuracies.json").write_text(json.dumps(tables))
-        (path / "log.csv").write_text("iteration,episodes,kl,nk_identical,success\n" + "".join(
-            f"{i},{64 * i},{0.5 if i else ''},{0.25 + i / 10},{i / 10}\n" for i in range(rows)))
+        (path / "log.csv").write_text(
+            "iteration,episodes,kl,nk_identical,nk_varying,n_identical,success\n" + "".join(
+                f"{i},{64 * i},{0.5 if i else ''},{0.25 + i / 10},{i / 50},1,{i / 100}\n"
+                for i in range(rows)))
         return path
 
     def test_statistics_by_hand(self):
@@ -1535,14 +1537,20 @@ class Analyze(Case):
 
     def test_report(self):
         """The second time as the first; a section without its runs is left out and named. Two
-        models of N = 3, with 3 and 6 failures of 10; RL from one, alpha 3 ends 10 points higher."""
+        models of N = 3, with 3 and 6 failures of 10; RL from one, alpha 3 ends 10 points higher.
+        In 20 iterations 10.5%, in the next 30.5% right: 1.96 standard errors are 3.03 points."""
         report = load_script("assets/results/report.py")
         for x in 0, 3:
             self.write_run(f"runs/degrees/n3_alpha{x}_model0", float(x), "m0", 0.5 + x / 30, 8, 3)
             for m in report.MODELS:
                 self.write_run(f"runs/exponent/alpha{x}_model{m}", float(x), f"m{m}", 0.2 + x / 10)
-        for m in range(2):
-            folder = self.write_run(f"runs/pretrained/n3_seed{m}", digits=3)
+        os.mkdir("runs/plateaus")
+        os.mkdir("runs/plateaus/n7_k2_before")
+        folders = [self.write_run(f"runs/pretrained/n3_seed{m}", digits=3) for m in range(2)]
+        folders += [Path("runs/plateaus/n7_k2_before"), *(self.write_run(
+            f"runs/plateaus/n7_k2_alpha{x}_model0", float(x), rows=41, digits=7, extra_digits=2)
+            for x in (0, 3))]
+        for m, folder in enumerate(folders):
             failures = {name: dict(failures=i + m) for i, name in enumerate(analyze.CLASSES)}
             minus = {t: -m / 10 for t in "124"}
             (folder / "tokens.json").write_text(json.dumps(dict(
@@ -1552,14 +1560,16 @@ class Analyze(Case):
             quiet(report.main, ["--runs", "runs", "--out", out])
         same, *others = filecmp.cmpfiles("one", "two", os.listdir("one"), shallow=False)
         self.assertEqual((others, sorted(same)), ([[], []], [
-            "README.md", "degrees.png", "exponent.png", "learning.png"]))
+            "README.md", "degrees.png", "exponent.png", "learning.png", "plateaus.png"]))
         text = re.sub(" +", " ", text_of("one/README.md"))
         for part in ("# Results\n\n## Does weighting", "+30.0 [+30.0, +30.0], p = 0.002",
                      "\n- And with half the coefficient? less/alpha0_half, less/alpha3_half\n",
                      "| 3 (2) | 100.0 (100.0, 100.0) | 50.0 (50.0, 50.0) | - | - |",
                      "| 3 (2): all others | -0.33 | -0.050 [-0.685, +0.585] |",
                      "| 3 (2) | 9 of 20: 45% | 1 of 9: 11% | 3 of 9: 33% | 5 of 9: 56% |",
-                     "| 3, 1, 3 (1) | 10.0 | 50.0 | 25.0 | 60.0 | 100.0 |",
+                     "| 3, 1, 3 (1) | 1.0 | 5.0 | 25.0 | 60.0 | 100.0 |",
+                     "| alpha 3: 21 to 40 | 30.5 | +20.0 [+17.0, +23.0] | 80.0 | 425.0 | 100.0 |",
+                     "| before RL | 9 of 10: 90% | 2 of 9: 22% | 3 of 9: 33% | 4 of 9: 44% |",
                      "| 3, 1 (1) | +10.0 | - | +0.0 |", "n3_alpha0_model$m --alpha 0\n"):
             self.assertIn(part, text)
 

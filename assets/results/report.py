@@ -258,6 +258,62 @@ Alpha 3 minus alpha 0, in points, paired by model:
 """
 
 
+def growth(success, last):
+    """Right answers in 20 iterations, up to the row `last` of a log, minus those in the 20 before:
+    difference of two shares in points, with its normal 95% interval -> "+1.2 [+0.3, +2.1]".
+    """
+    p = np.array([success[last - 39 : last - 19].mean(), success[last - 19 : last + 1].mean()])
+    n_answers = 20 * 64  # in each of the two
+    half = 1.96 * math.sqrt((p * (1 - p)).sum() / n_answers)
+    low, mean, high = 100 * (p[1] - p[0] + half * np.array([-1, 0, 1]))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def plateaus(runs, out):
+    """RL for 100 iterations: does it level off, what is left, and what is still known?"""
+    names = [f"plateaus/n7_k2_alpha{alpha}_model0" for alpha in (0, 3)]
+    groups = group_runs(finished(runs, names))
+    columns = ["nk_varying", "nk_identical", "n_identical"]
+    save_figure(analyze.draw_curves(groups, columns), out, "plateaus.png")
+    rows = [["iterations", "right in training, %", "minus the 20 before",
+             *(title(name, groups) for name in columns)]]
+    tokens = [["before RL", runs / "plateaus/n7_k2_before"]]
+    for label, [run] in groups.items():
+        success = run.log["success"]
+        for last in range(20, len(success), 20):
+            rows.append([f"{label}: {last - 19} to {last}",
+                         f"{100 * success[last - 19 : last + 1].mean():.1f}",
+                         growth(success, last) if last > 20 else "-",
+                         *(f"{100 * run.log[name][last]:.1f}" for name in columns)])
+        tokens.append([label, run.folder])
+    failures = [["N = 7, 9 digits", "failures", *analyze.CLASSES]]
+    for label, folder in tokens:
+        found = json.loads((folder / "tokens.json").read_text())
+        counts = [found["first_wrong"][name]["failures"] for name in analyze.CLASSES]
+        failures.append([label, analyze.share(sum(counts), found["problems"]),
+                         *(analyze.share(count, sum(counts)) for count in counts)])
+    commands = "\n".join(command(run) for [run] in groups.values())
+    return f"""
+## Does RL level off?
+
+One model of N = 7, N+2 = 9 digits, 100 iterations. Right in training: of 1,280 answers sampled in
+20 iterations; their growth has a 95% interval over answers, not over models. The other columns are
+of the last of the 20 iterations, of 64 problems, after the 100th of 250:
+
+{table(*rows)}
+
+Where the failures begin, of 250 problems with one or two 9-digit numbers, greedy:
+
+{table(*failures)}
+
+![Learning curves of 100 iterations](plateaus.png)
+
+```
+{commands}
+```
+""".replace("$model", "assets/pretrained/n7_seed0.pt").replace("_model$m", "_model0")
+
+
 def degrees(runs, out):
     """What pre-training on more digits changes: before RL, and for RL."""
     models = {n: finished(runs, [f"pretrained/n{n}_seed{m}" for m in SEEDS]) for n in LENGTHS}
@@ -314,6 +370,8 @@ def report(args):
         text += f"![{question}]({name}.png)\n\n```\n{commands}\n```\n"
     if (args.runs / "pretrained/n3_seed0/tokens.json").exists():
         text += degrees(args.runs, args.out)
+    if (args.runs / "plateaus/n7_k2_before").exists():
+        text += plateaus(args.runs, args.out)
     if left_out:
         missing = "\n- ".join(["\n## Left out, because not all runs have finished\n", *left_out])
         print(missing)
