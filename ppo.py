@@ -28,8 +28,8 @@ import data
 from kl import certainty, prioritized_kl
 from model import (accuracy_table, autocast, generate, load_checkpoint, read, save_checkpoint,
                    slices, solve, split_actions, to_batch, token_logp)
-from pretrain import (Run, add_run_options, answer_loss, check_finite, check_memory, folder_of,
-                      number, print_table, run_script, settings_of, stop)
+from pretrain import (Run, add_run_options, check_finite, check_memory, folder_of, number,
+                      print_table, run_script, settings_of, stop)
 
 SHIPPED = Path(__file__).resolve().parent / "assets/pretrained/n5_seed0.pt"
 LOG = ("iteration episodes success kl penalty entropy clip_fraction value_loss weight grad_norm "
@@ -268,6 +268,14 @@ def watch_critical(model, pairs, n_digits, temperature):
     return {name: np.mean(x) for name, x in found.items()}
 
 
+def watch_known(model, pairs):
+    """Mean cross-entropy in nats over the right answers' tokens: forgetting shows there first."""
+    ids, prompt_len, lengths = to_batch(pairs, model.lm_head.weight.device)
+    states, actions, mask = split_actions(ids, prompt_len, lengths)
+    logits, _ = read(model, states, lengths - 1)
+    return -masked_mean(token_logp(logits, actions), mask).item()
+
+
 def final_accuracies(policy, facts, args):
     """The accuracies of model.accuracy_table and, as the paper's code evaluates, those of sampled
     answers to held-out problems like those of training -> {cell: share}, {cell: problems}.
@@ -320,7 +328,7 @@ def train(args):
         return
 
     # 2. What is measured, on held-out problems, and what is printed of it.
-    old_batch = to_batch(data.sample_problems(args.eval_problems, n, "train", 2, task), device)
+    known_problems = data.sample_problems(args.eval_problems, n, "train", 2, task)
     critical_problems = data.sample_problems(args.eval_problems, n, "rl", 2, task,
                                              args.extra_digits)
     columns = dict(n_identical=f"identical {n}", nk_identical=f"identical {longest}",
@@ -356,8 +364,7 @@ def train(args):
             accuracies = {}
         if accuracies:
             row |= {name: accuracies[cell] for name, cell in columns.items() if cell in accuracies}
-            with torch.no_grad():  # of right answers of 1..N digits: forgetting shows there first
-                row["n_nats"] = answer_loss(policy, *old_batch).item()
+            row["n_nats"] = watch_known(policy, known_problems)
         cells = [format(round(row[name], 6) + 0.0, form) if name in row else "-"  # no -0.0000
                  for name, (_, form) in shown.items()]
         tqdm.write(f"{iteration:3d}" + "".join(f"{cell:>13}" for cell in cells))

@@ -918,6 +918,8 @@ class PPO(Case):
         for name, x in (("p_copied", p[at]), ("p_l1o1", p[at + 1]),
                         ("p_critical", p[[at + 1, at + 2, line2]].mean())):
             self.assertAlmostEqual(found[name], x.item(), places=5)
+        known = pretrain.answer_loss(self.policy, *model.to_batch(self.pairs, CPU)).item()
+        self.assertAlmostEqual(ppo.watch_known(self.policy, self.pairs), known, places=5)
 
 
 # ------------------------------------------------------------------ runs and scripts
