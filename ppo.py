@@ -54,7 +54,7 @@ def parse_args(argv):
     add("--extra_digits", type=number(int, 1, 100), default=1,
         help="k: fine-tune on N+k digits; the checkpoint needs positions for them")
     add("--iterations", type=number(int, 0, 10**9), default=20,
-        help="of rollout and update; 20 take about 3 minutes for 4 digits, 9 for 8")
+        help="of rollout and update; 20 take about 3 minutes for 4 digits, 5 for 6, 10 for 8")
     add("--episodes", type=number(int, 1, 10**6), default=64, help="answers in a rollout")
     add("--epochs", type=many, default=1, help="passes over a rollout")
     add("--minibatches", type=many, default=1, help="optimizer steps a pass")
