@@ -1057,8 +1057,7 @@ class Scripts(Case):
         self.fails(ppo.main, [*RL, "--out", "p", "--fresh"], "holds the checkpoint in use")
 
     def test_two_that_write_one_file(self):
-        """Each has a name of its own for what is not whole; a run removes what a killed one left.
-        """
+        """Each under a name of its own until it is whole; a run removes what a killed one left."""
         def during(file):
             with mock.patch("os.getpid", return_value=1):
                 model.write_file("r/one", lambda other: other.write(b"other"))

@@ -1,6 +1,7 @@
 """Our own results: assets/runs -> README.md and figures here.  Run: python assets/results/report.py
 
-A setting is shown when its runs from all ten pre-trained models have finished.
+A setting is shown when its runs from all ten pre-trained models have finished; the last two
+sections, on models of other N, show what has finished.
 """
 import argparse
 import itertools
