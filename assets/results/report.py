@@ -303,7 +303,8 @@ of the last of the 20 iterations, of 64 problems, after the 100th of 250:
 
 {table(*rows)}
 
-Where the failures begin, of 250 problems with one or two 9-digit numbers, greedy:
+Where the failures begin, of 250 problems with one or two 9-digit numbers, greedy
+(`python analyze.py tokens $run/model.pt --problems 250 --extra_digits 2`; the runs' models ship):
 
 {table(*failures)}
 
@@ -335,7 +336,8 @@ def degrees(runs, out):
 ![Before RL, and learning curves, by N](degrees.png)
 
 The models are in assets/pretrained; those of N = 3, 4, 6 and 7, and the control, were made by
-`python pretrain.py --digits $N --extra_digits 3 --seed $m`.
+`python pretrain.py --digits $N --extra_digits 3 --seed $m`, certainties and failures measured by
+`python analyze.py tokens assets/pretrained/n${{N}}_seed$m.pt --problems 250`.
 
 ```
 {commands}
