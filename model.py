@@ -163,7 +163,7 @@ def slices(rows, lengths):
     """Cut rows (indices) into slices of like length: yields (rows of the slice, T).
 
     The first T tokens hold the slice's texts; T is a multiple of 32, so that few different shapes
-    occur. On a CPU 8 rows at once are no faster than 4, and take 230 MB more in PPO's update.
+    occur. On a CPU 8 rows at once are no faster than 4, and take some 250 MB more in PPO's update.
     """
     size = 4 if rows.device.type == "cpu" else 64
     by_length = rows[lengths[rows].argsort(stable=True)]

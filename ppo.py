@@ -186,7 +186,7 @@ def rollout(policy, value_head, reference, pairs, n_digits, args, generator):
 
 
 def batch_slices(batch, rows):
-    """Yields the batch's rows in slices that fit the cache, without the padding that all share."""
+    """Yields the batch's rows in slices of like length, without the padding that all share."""
     for part, T in slices(rows, batch["n_actions"]):
         yield {name: x[part, :T] for name, x in batch.items() if x.dim() > 1}
 
@@ -308,8 +308,8 @@ def train(args):
              f"--extra_digits {args.extra_digits}")
     # For each token of an answer: keys and values of all layers, and logits.
     n_floats = 2 * reference.config.n_layer * reference.config.n_embd + len(data.VOCAB)
-    n_answers = max(args.episodes, 64)  # 64: in an evaluation
-    check_memory(4 * n_floats * n_tokens * n_answers, device, "--episodes")
+    n_answers = max(args.episodes, min(64, max(args.eval_problems, args.final_problems)))
+    check_memory(4 * n_floats * n_tokens * n_answers, device, "--episodes, or fewer problems")
     pretrained = pretrained_name(reference, facts)
     prefix = f"ppo_{pretrained}_alpha{args.alpha}".removesuffix(".0")
     folder = folder_of(args, parse_args([]), prefix, ["alpha"])

@@ -1009,11 +1009,10 @@ class Scripts(Case):
         os.remove("r/accuracies.json")
         nan = {name: x * math.nan for name, x in state["policy"].items()}
         small, adam = ppo.ValueHead(8).state_dict(), state["optimizer"]
-        adam = [adam | dict(state=adam["state"] | {0: adam["state"][0] | dict(exp_avg=x)})
-                for x in (torch.zeros(3), nan["transformer.wte.weight"])]
+        adam = adam | dict(state={0: adam["state"][0] | dict(exp_avg=nan["transformer.wte.weight"])})
         for other in [], dict(step=1), *(state | {name: x} for name, x in (
                 ("log", 5), ("step", "x"), ("seconds", "x"), ("policy", nan),
-                ("value_head", small), ("optimizer", adam[0]), ("optimizer", adam[1]))):
+                ("value_head", small), ("optimizer", adam))):
             torch.save(other, "r/state.pt")
             self.fails(ppo.main, RL, "--fresh starts over")
         torch.save(state, "r/state.pt")
@@ -1057,7 +1056,8 @@ class Scripts(Case):
         self.fails(ppo.main, [*RL, "--out", "p", "--fresh"], "holds the checkpoint in use")
 
     def test_two_that_write_one_file(self):
-        """Each under a name of its own until it is whole; a run removes what a killed one left."""
+        """Each under a name of its own until it is whole; a run removes what a killed one left,
+        and nobody else's."""
         def during(file):
             with mock.patch("os.getpid", return_value=1):
                 model.write_file("r/one", lambda other: other.write(b"other"))
@@ -1065,9 +1065,10 @@ class Scripts(Case):
         os.mkdir("r")
         model.write_file("r/one", during)
         self.assertEqual(text_of("r/one"), "mine")
-        Path("r/model.pt.1.part").touch()
+        for name in "model.pt.1.part", "film.part":
+            Path("r", name).touch()
         self.finished()
-        self.assertEqual(list(Path("r").glob("*.part")), [])
+        self.assertEqual(list(Path("r").glob("*.part")), [Path("r/film.part")])
 
     def test_writes_that_fail(self):
         """The next write carries what was missed, or what somebody removed; the last is whole."""
@@ -1139,6 +1140,9 @@ class Scripts(Case):
             self.fails(ppo.main, ["--checkpoint", f"foreign{i}.pt"], f"cannot use foreign{i}.pt")
         self.fails(ppo.main, ["--checkpoint", "nowhere.pt"], "cannot use nowhere.pt (No such file")
         self.fails(ppo.main, ["--checkpoint", "p/model.pt", "--extra_digits", "2"], "3 digits")
+        with mock.patch("os.sysconf", create=True, return_value=1183):  # 1.4 MB: to train
+            self.fails(pretrain.main, PRETRAIN, "GiB of memory")
+            self.fails(ppo.main, [*RL, "--final_problems", "64"], "GiB of memory")
         self.assertEqual([x for x in os.listdir() if os.path.isdir(x)], ["p"], "no code was run")
 
     def test_a_file_damaged_at_any_byte(self):

@@ -373,7 +373,7 @@ def report(args):
         text += f"![{question}]({name}.png)\n\n```\n{commands}\n```\n"
     if (args.runs / "pretrained/n3_seed0/tokens.json").exists():
         text += degrees(args.runs, args.out)
-    if (args.runs / "plateaus/n7_k2_before").exists():
+    if (args.runs / "plateaus/n7_k2_alpha0_model0/tokens.json").exists():
         text += plateaus(args.runs, args.out)
     if left_out:
         missing = "\n- ".join(["\n## Left out, because not all runs have finished\n", *left_out])
