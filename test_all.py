@@ -1009,7 +1009,8 @@ class Scripts(Case):
         os.remove("r/accuracies.json")
         nan = {name: x * math.nan for name, x in state["policy"].items()}
         small, adam = ppo.ValueHead(8).state_dict(), state["optimizer"]
-        adam = adam | dict(state={0: adam["state"][0] | dict(exp_avg=nan["transformer.wte.weight"])})
+        moments = adam["state"][0] | dict(exp_avg=nan["transformer.wte.weight"])
+        adam = adam | dict(state={0: moments})
         for other in [], dict(step=1), *(state | {name: x} for name, x in (
                 ("log", 5), ("step", "x"), ("seconds", "x"), ("policy", nan),
                 ("value_head", small), ("optimizer", adam))):
