@@ -370,8 +370,8 @@ def train(args):
         tqdm.write(f"{iteration:3d}" + "".join(f"{cell:>13}" for cell in cells))
         bar.set_postfix({name: f"{row[name]:.3f}" for name in ("success", "kl") if name in row})
         if iteration == 1 and row["success"] == 0:
-            tqdm.write("    no answer was right: so far there is nothing to learn from; a model that\n"
-                       "    was pre-trained on more digits may get some right")
+            tqdm.write("    no answer was right: so far there is nothing to learn from; a model\n"
+                       "    that was pre-trained on more digits may get some right")
         run.log(iteration, row, last=iteration == args.iterations)
 
     # 4. Measure, unless the loop did, and save.
