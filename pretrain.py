@@ -496,8 +496,8 @@ def run_script(function, args, hint=RESUMES):
     if hasattr(sys.stdout, "reconfigure"):  # a folder's name may hold what cannot be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     keep_freed_memory()
-    # Threads add up in another order: with two, the README's first run ends 14 points lower or
-    # higher. With one, a seed gives the same run on any number of cores.
+    # Several threads round sums in another order, and a run then ends elsewhere, by 14 points in
+    # one case. With one thread a seed gives the same run on any number of cores.
     threads = torch.get_num_threads()
     if not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(1)

@@ -183,6 +183,14 @@ def draw_degrees(models, found):
     return figure
 
 
+def failures_row(name, tokens):
+    """Cells: a name; of what one or more tokens.json say, the failures and where they begin."""
+    counts = [sum(x["first_wrong"][place]["failures"] for x in tokens) for place in analyze.CLASSES]
+    n_problems = sum(x["problems"] for x in tokens)
+    return [name, analyze.share(sum(counts), n_problems),
+            *(analyze.share(count, sum(counts)) for count in counts)]
+
+
 def before_rl(models):
     """{N, or its name: [Record]} of pre-training -> tables: what they solve, where they fail."""
     titles = ["N (models)", "N digits", "N+1", "N+2", "N+3"]
@@ -199,11 +207,7 @@ def before_rl(models):
             means = [analyze.with_interval([x[key][t] for x in tokens if x[key][t] is not None],
                                            "+.3f") for t in "124"]
             unsure.append([f"{name}: {others}", PAPER_TABLE_1.get(n, "-"), *means])
-        counts = [sum(x["first_wrong"][name]["failures"] for x in tokens)
-                  for name in analyze.CLASSES]
-        n_problems = sum(x["problems"] for x in tokens)
-        failures.append([name, analyze.share(sum(counts), n_problems),
-                         *(analyze.share(count, sum(counts)) for count in counts)])
+        failures.append(failures_row(name, tokens))
     return f"""Means over the models of an N, and each model's value. Two numbers of so many digits,
 % solved:
 
@@ -278,7 +282,7 @@ def plateaus(runs, out):
     save_figure(analyze.draw_curves(groups, columns), out, "plateaus.png")
     rows = [["iterations", "right in training, %", "minus the 20 before",
              *(title(name, groups) for name in columns)]]
-    tokens = [["before RL", runs / "plateaus/n7_k2_before"]]
+    folders = {"before RL": runs / "plateaus/n7_k2_before"}
     for label, [run] in groups.items():
         success = run.log["success"]
         for last in range(20, len(success), 20):
@@ -286,13 +290,10 @@ def plateaus(runs, out):
                          f"{100 * success[last - 19 : last + 1].mean():.1f}",
                          growth(success, last) if last > 20 else "-",
                          *(f"{100 * run.log[name][last]:.1f}" for name in columns)])
-        tokens.append([label, run.folder])
+        folders[label] = run.folder
     failures = [["N = 7, 9 digits", "failures", *analyze.CLASSES]]
-    for label, folder in tokens:
-        found = json.loads((folder / "tokens.json").read_text())
-        counts = [found["first_wrong"][name]["failures"] for name in analyze.CLASSES]
-        failures.append([label, analyze.share(sum(counts), found["problems"]),
-                         *(analyze.share(count, sum(counts)) for count in counts)])
+    for label, folder in folders.items():
+        failures.append(failures_row(label, [json.loads((folder / "tokens.json").read_text())]))
     commands = "\n".join(command(run) for [run] in groups.values())
     return f"""
 ## Does RL level off?
