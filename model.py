@@ -253,23 +253,15 @@ def read_ahead(model, pairs, temperature, generator):
 
 
 def solve(model, pairs, temperature=0, seed=0):
-    """Let the model answer all problems -> (correct: bool (n,), texts: n prompts + answers).
-
-    64 at a time, as the cache of keys and values takes memory. What is left to write is sorted by
-    where it begins: most rows of a batch then begin together.
+    """Let the model answer all problems, 64 at a time, as the cache of keys and values takes memory
+    -> (correct: bool (n,), texts: n prompts + answers).
     """
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
-    known = []
+    texts = []
     for i in range(0, len(pairs), 64):
-        known += read_ahead(model, pairs[i : i + 64], temperature, generator)
-    by_length = sorted(range(len(pairs)), key=lambda i: len(known[i]))
-    texts = [""] * len(pairs)
-    for i in range(0, len(pairs), 64):
-        some = by_length[i : i + 64]
-        ids, lengths = generate(model, [known[j] for j in some], model.config.block_size,
-                                temperature, generator)
-        for j, row, n in zip(some, ids.tolist(), lengths.tolist()):
-            texts[j] = decode(row[:n])
+        known = read_ahead(model, pairs[i : i + 64], temperature, generator)
+        ids, lengths = generate(model, known, model.config.block_size, temperature, generator)
+        texts += [decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())]
     return np.array([data.grade(text, a, b) for text, (a, b) in zip(texts, pairs)]), texts
 
 
