@@ -496,11 +496,11 @@ def run_script(function, args, hint=RESUMES):
     if hasattr(sys.stdout, "reconfigure"):  # a folder's name may hold what cannot be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     keep_freed_memory()
-    # Another number of threads rounds sums in another order, and a run then ends elsewhere, by 14
-    # points in one case. With two, always, a seed gives the same run on any number of cores.
+    # Several threads round sums in another order, and a run then ends elsewhere, by 14 points in
+    # one case. With one thread a seed gives the same run on any number of cores.
     threads = torch.get_num_threads()
     if not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
     try:
         stop_at_open_exercise()
         function(args)
