@@ -374,11 +374,20 @@ class Run:
 
 
 def load_parts(state, parts):
-    """Load what a state.pt holds into modules and optimizers by name. Numbers must be finite."""
+    """Load what a state.pt holds into modules and optimizers by name. ValueError if a number is not
+    finite or an optimizer's moments have another shape, for which PyTorch does not look.
+    """
     for name, part in parts.items():
         part.load_state_dict(state[name])
-        numbers = list(part.parameters()) if isinstance(part, torch.nn.Module) else [
-            x for moments in part.state.values() for x in moments.values()]
+        if isinstance(part, torch.nn.Module):
+            numbers = list(part.parameters())
+        else:
+            numbers = [x for moments in part.state.values() for x in moments.values()]
+            for group in part.param_groups:
+                for p in group["params"]:  # as p, a count of steps, or Muon's, of all matrices
+                    shapes = [p.shape, (), (len(group["params"]), *p.shape)]
+                    if any(x.shape not in shapes for x in part.state.get(p, {}).values()):
+                        raise ValueError(f"a moment of {name} has another shape")
         if not all(x.isfinite().all() for x in numbers):
             raise ValueError(f"a number of {name} is not finite")
 

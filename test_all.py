@@ -1009,11 +1009,11 @@ class Scripts(Case):
         os.remove("r/accuracies.json")
         nan = {name: x * math.nan for name, x in state["policy"].items()}
         small, adam = ppo.ValueHead(8).state_dict(), state["optimizer"]
-        moments = adam["state"][0] | dict(exp_avg=nan["transformer.wte.weight"])
-        adam = adam | dict(state={0: moments})
+        of_nan, of_five = (adam | dict(state={0: adam["state"][0] | dict(exp_avg=x)})
+                           for x in (nan["transformer.wte.weight"], torch.zeros(5)))
         for other in [], dict(step=1), *(state | {name: x} for name, x in (
-                ("log", 5), ("step", "x"), ("seconds", "x"), ("policy", nan),
-                ("value_head", small), ("optimizer", adam))):
+                ("log", 5), ("step", "x"), ("seconds", "x"), ("policy", nan), ("value_head", small),
+                ("optimizer", of_nan), ("optimizer", of_five))):
             torch.save(other, "r/state.pt")
             self.fails(ppo.main, RL, "--fresh starts over")
         torch.save(state, "r/state.pt")
