@@ -104,9 +104,9 @@ def draw_kl(groups):
             axis.plot([kl, kl], np.clip(ends, 0, 100), color="0.8", lw=1.5, zorder=0)
             points.setdefault(family(label), []).append((kl, mean))
         for example, line in looks.items():
-            x, y = zip(*sorted(points.get(family(example), [(math.nan, math.nan)])))
-            axis.plot(x, y, **analyze.look(example), ls=line, label=family(example), markersize=7,
-                      clip_on=False)
+            if family(example) in points:
+                axis.plot(*zip(*sorted(points[family(example)])), **analyze.look(example), ls=line,
+                          label=family(example), markersize=7, clip_on=False)
         axis.set_xlim(0, None)
         axis.set_ylim(0, 100)
         axis.set(title=f"{word}: {title(name, groups)}", xlabel=title("kl", groups))
