@@ -2,7 +2,6 @@
 
 B sequences, T tokens, V vocabulary, C embedding width, H attention heads of width D = C / H.
 """
-import itertools
 import math
 import os
 import zipfile
@@ -265,17 +264,18 @@ def solve(model, pairs, temperature=0, seed=0):
     return np.array([data.grade(text, a, b) for text, (a, b) in zip(texts, pairs)]), texts
 
 
-def accuracy_table(model, lengths, n_problems, task):
+def accuracy_table(model, cells, n_problems, task):
     """Greedy accuracies on held-out problems, as in the paper's Tables 4 and 5.
 
-    -> {"identical 5": share, "varying 5": ...}, {"identical 5": number of problems, ...}
+    cells: "identical 5", problems with two 5-digit numbers; "varying 5", with one or two.
+    -> {"identical 5": share, ...}, {"identical 5": number of problems, ...}
     """
     accuracies, counts = {}, {}
-    for length, mode in itertools.product(lengths, ("identical", "varying")):
-        problems = data.sample_problems(n_problems, length, mode, 1, task)
+    for cell in cells:
+        mode, length = cell.split()
+        problems = data.sample_problems(n_problems, int(length), mode, 1, task)
         correct, _ = solve(model, problems)
-        accuracies[f"{mode} {length}"] = float(correct.mean())
-        counts[f"{mode} {length}"] = len(problems)
+        accuracies[cell], counts[cell] = float(correct.mean()), len(problems)
     return accuracies, counts
 
 

@@ -281,7 +281,8 @@ def final_accuracies(policy, facts, args):
     answers to held-out problems like those of training -> {cell: share}, {cell: problems}.
     """
     n, k, task = facts["digits"], args.extra_digits, facts["task"]
-    accuracies, counts = accuracy_table(policy, (n, n + k), args.final_problems, task)
+    cells = [f"{mode} {length}" for length in (n, n + k) for mode in ("identical", "varying")]
+    accuracies, counts = accuracy_table(policy, cells, args.final_problems, task)
     problems = data.sample_problems(args.final_problems, n, "rl", 1, task, k)
     correct, _ = solve(policy, problems, args.temperature)
     accuracies["sampled, training mix"] = float(correct.mean())
@@ -359,7 +360,7 @@ def train(args):
         elif iteration == 0:
             accuracies = facts["accuracies"]
         elif iteration % args.eval_every == 0:
-            accuracies, _ = accuracy_table(policy, (n, longest), args.eval_problems, task)
+            accuracies, _ = accuracy_table(policy, columns.values(), args.eval_problems, task)
         else:
             accuracies = {}
         if accuracies:

@@ -199,8 +199,9 @@ def train(args):
 
     # 3. Measure and save.
     model.bfloat16().float()  # it is saved in bfloat16, half the size: measure what is saved
-    lengths = range(args.digits, longest + 1)
-    accuracies, counts = accuracy_table(model, lengths, args.eval_problems, args.task)
+    cells = [f"{mode} {length}" for length in range(args.digits, longest + 1)
+             for mode in ("identical", "varying")]
+    accuracies, counts = accuracy_table(model, cells, args.eval_problems, args.task)
     save_checkpoint(run.folder / "model.pt", model, torch.bfloat16, digits=args.digits,
                     task=args.task, preset=args.preset, seed=args.seed, settings=run.settings,
                     accuracies=accuracies)
