@@ -243,15 +243,15 @@ TITLES = dict(  # columns of log.csv, and what accuracies.json has; shares end i
     kl="KL, nats a token", loss="loss, nats a token",
     n_nats="loss on 1 to {n} digits, nats a token")
 LOOKS = {  # colour and marker of a setting, the same in all figures
-    "alpha 0": ("black", "o"), "alpha 1": ("#6baed6", "^"), "alpha 3": ("#2171b5", "s"),
+    "alpha 0": ("black", "o"), "alpha 1": ("#3f8fc4", "^"), "alpha 3": ("#2171b5", "s"),
     "alpha 10": ("#08306b", "D"), "alpha 100": ("#807dba", "p"), "alpha 1000": ("#3f007d", "*"),
-    "alpha 0, kl_coef 0.05": ("0.35", "v"), "alpha 0, kl_coef 0.025": ("0.6", "<"),
-    "alpha 3, kl_coef 0.05": ("#41b6c4", "h"), "no penalty": ("#cb181d", "X"),
-    "alpha 3, matched": ("#d9a400", "P"), "alpha 100, matched": ("#8c6d00", "P"),
+    "alpha 0, kl_coef 0.05": ("0.35", "v"), "alpha 0, kl_coef 0.025": ("0.55", "<"),
+    "alpha 3, kl_coef 0.05": ("#2b9aab", "h"), "no penalty": ("#cb181d", "X"),
+    "alpha 3, matched": ("#b38600", "P"), "alpha 100, matched": ("#8c6d00", "P"),
     "alpha 3, shuffled": ("#e6550d", ">"), "alpha 3, threshold": ("#31a354", "d"),
     "oracle": ("#8c510a", "H")}
 LOOKS |= {f"alpha 3, N = {n}": look for n, look in {  # light to dark
-    3: ("#a0da39", "o"), 4: ("#4ac16d", "^"), 5: ("#277f8e", "s"), 6: ("#365c8d", "D"),
+    3: ("#7a9a01", "o"), 4: ("#2f9e55", "^"), 5: ("#277f8e", "s"), 6: ("#365c8d", "D"),
     7: ("#440154", "v")}.items()}
 MOST_ROWS, MOST_CURVES = 30, 8  # settings in a figure: more are not legible
 
@@ -426,7 +426,7 @@ def answer_text(lines):
 
 
 def draw_answers(columns, temperature):
-    """Answers side by side, {title: [[Line] of each answer]} -> figure (the paper's Figure 5).
+    """Answers below each other, {title: [[Line] of each answer]} -> figure (the paper's Figure 5).
 
     The less certain the model was, the stronger the colour behind a character. The first wrong
     character is outlined, and so is, below it, the right one. What does not fit is named.
@@ -439,10 +439,10 @@ def draw_answers(columns, temperature):
     if longest > width or most > height:
         print(f"the picture shows {height} of {most} lines, and {width} of at most {longest} "
               "characters of a line")
-    figure = Figure((len(pages) * (0.085 * (width + 9) + 0.2) + 0.9, 0.18 * height + 0.8),
+    figure = Figure((0.1 * (width + 9), len(pages) * (0.2 * height + 0.3) + 1),
                     layout="constrained")
     figure.suptitle("outlined: the first wrong character and, below, the right one", fontsize=9)
-    axes = figure.subplots(1, len(pages), squeeze=False)[0]
+    axes = figure.subplots(len(pages), squeeze=False)[:, 0]
     certainties = [line.sure for page in pages for line in page if line.sure is not None]
     scale = Normalize(min(sure.min(initial=0.99) for sure in certainties), 1)
     for axis, name, page in zip(axes, columns, pages):
@@ -451,7 +451,7 @@ def draw_answers(columns, temperature):
             if sure is not None:
                 grid[y, : len(text)] = sure[:width]
             colour = "#00602b" if mark == "right" else "black"
-            font = dict(va="center", family="monospace", size=7.5,
+            font = dict(va="center", family="monospace", size=9,
                         weight="bold" if mark in ("problem", "right") else "normal")
             axis.text(-1.5, y, mark, ha="right", color=colour, **font)
             for x, char in enumerate(text[:width]):
@@ -465,8 +465,8 @@ def draw_answers(columns, temperature):
         axis.set_axis_off()
         printable = name.encode(errors="backslashreplace").decode()  # a file may have any name
         axis.set_title(printable, fontsize=9, parse_math=False)
-    figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01,
-                    label=f"certainty before the character,\nat temperature {temperature:g}")
+    figure.colorbar(image, ax=axes, location="bottom", fraction=0.03, pad=0.01, aspect=60,
+                    label=f"certainty before the character, at temperature {temperature:g}")
     return figure
 
 
@@ -507,6 +507,8 @@ def answer(args):
     if len(paths) not in (1, 2):
         stop(f"name one or two checkpoints and a problem like 123456+70, not {len(paths)} "
              "checkpoints")
+    if not problem:
+        stop(f"there is no problem in {' '.join(args.words)!r}; write one like 123456+70")
     columns = {}
     for when, path in zip(("before: ", "after: ") if len(paths) == 2 else ("",), paths):
         model, facts = load_checkpoint(path, args.device)
@@ -597,10 +599,13 @@ def tokens_text(models):
     paper = table(["critical tokens minus, at temperature", *temperatures], *(
         [others, *(mean([x[name][t] for x in models], "+.3f") for t in temperatures)]
         for name, others in TABLE_1.items() if name in models[0]))
-    return (f"{table(*rows)}\n\nIn right answers, of the critical tokens and copied digits, "
-            f"{share(both, critical)}\nhave a certainty below 0.9. Of all tokens below 0.9, "
-            f"{share(both, unsure)} are\nsuch tokens.\n\nThe paper's Table 1, of at most "
-            f"50 greedy answers (there -0.33, -0.21, -0.13 for N = 3, 5, 7):\n\n{paper}\n")
+    return (f"{table(*rows)}\n\nCertainties are at temperature {models[0]['temperature']:g}, "
+            "means over a model's first wrong tokens, then\nover models. In right answers, of the "
+            f"critical tokens and copied digits, {share(both, critical)}\nhave a certainty below "
+            f"0.9. Of all tokens below 0.9, {share(both, unsure)} are\nsuch tokens.\n\n"
+            "The paper's Table 1 (there -0.33, -0.21, -0.13 for N = 3, 5, 7): means over the "
+            "critical\ntokens of an answer, then over at most 50 greedy answers, then over models:"
+            f"\n\n{paper}\n")
 
 
 def tokens(args):
@@ -635,8 +640,7 @@ def tokens(args):
     for name, written in columns.items():
         print("\n\n".join([f"\n{name}", *map(answer_text, written)]))
     print(f"\n{correct.sum()} of {len(pairs)} problems with one or two {long}-digit numbers are "
-          f"right, greedy.\nCertainties are at temperature {args.temperature:g}, means over the "
-          f"first wrong tokens.\n\n{tokens_text([contents])}")
+          f"right, greedy.\n\n{tokens_text([contents])}")
 
 
 # ------------------------------------------------------------------ explain
@@ -813,12 +817,13 @@ def compare_text(groups):
     """The results of each setting, and how far each is from the first one on the same models."""
     first, *others = groups
     everything = all_runs(groups)
-    names = (*OUTCOMES, "kl")
+    names = [name for name in (*OUTCOMES, "kl")  # what no run has measured is left out
+             if any(outcomes(runs, name) for runs in groups.values())]
     titles = [title(name, groups) for name in names]
 
     def row(label, runs, when="after"):
-        cells = [with_interval(list(outcomes(runs, name, when).values()), form)
-                 for name, form in zip(names, (".1f", ".1f", ".1f", ".4f"))]
+        cells = [with_interval(list(outcomes(runs, name, when).values()),
+                               ".4f" if name == "kl" else ".1f") for name in names]
         return [f"{label} ({n_models(runs)})", *cells]
 
     text = table(["setting (models)", *titles], row("before", everything, "before"),
@@ -828,7 +833,7 @@ def compare_text(groups):
     rows = []
     for label in others:
         points = [paired_differences(outcomes(groups[label], name), outcomes(groups[first], name))
-                  for name in OUTCOMES]
+                  for name in names[:-1]]
         rows.append([f"{label} ({len(points[0])})", *map(verdict, points)])
     return f"{text}\n\n{table([f'minus {first} (models)', *titles[:-1]], *rows)}"
 

@@ -91,27 +91,50 @@ def at_equal_kl(groups):
 
 
 def draw_kl(groups):
-    """What was learned and kept against the KL: means over models, 95% intervals, three families.
-    The standard penalty is a curve, from its largest coefficient down to none.
+    """What was learned against the KL: means over models, 95% intervals. A family has one marker,
+    hollow, as no setting has. The standard penalty is a curve, from its largest coefficient down
+    to none; its points have their names above, those of certainty^alpha below.
     """
-    figure, axes = analyze.new_figure(2, 5.4, 4, analyze.models_in_words(groups))
-    looks = {"alpha 0": "-", "alpha 3": "", "alpha 3, shuffled": ""}  # one of each: its line
-    for axis, word, name in zip(axes, ("learned", "kept"), ("nk_identical", "n_identical")):
-        points = {}
-        for label, runs in groups.items():
-            kl = np.mean(list(outcomes(runs, "kl").values()))
-            mean, *ends = analyze.interval(list(outcomes(runs, name).values()))
-            axis.plot([kl, kl], np.clip(ends, 0, 100), color="0.8", lw=1.5, zorder=0)
-            points.setdefault(family(label), []).append((kl, mean))
-        for example, line in looks.items():
-            if family(example) in points:
-                axis.plot(*zip(*sorted(points[family(example)])), **analyze.look(example), ls=line,
-                          label=family(example), markersize=7, clip_on=False)
-        axis.set_xlim(0, None)
-        axis.set_ylim(0, 100)
-        axis.set(title=f"{word}: {title(name, groups)}", xlabel=title("kl", groups))
+    figure, [axis] = analyze.new_figure(1, 7.5, 4, analyze.models_in_words(groups))
+    looks = {"standard penalty, less and less of it": dict(marker="o", color="black"),
+             "certainty^alpha": dict(marker="s", color="#2171b5", ls=""),
+             "controls": dict(marker="^", color="#a63603", ls="")}
+    points = {name: [] for name in looks}
+    for label, runs in groups.items():
+        kl = np.mean(list(outcomes(runs, "kl").values()))
+        mean, *ends = analyze.interval(list(outcomes(runs, "nk_identical").values()))
+        points[family(label)].append((kl, mean))
+        color = looks[family(label)]["color"]
+        axis.plot([kl, kl], np.clip(ends, 0, 100), color=color, alpha=0.5, lw=1, zorder=0)
+        if family(label) != "controls":  # their names would hide the others
+            at, side = ((5, -10), "left") if "certainty" in family(label) else ((-5, 6), "right")
+            axis.annotate(label, (kl, mean), at, textcoords="offset points", ha=side, size=8,
+                          color=color)
+    for name, style in looks.items():
+        if points[name]:
+            axis.plot(*zip(*sorted(points[name])), **style, label=name, markersize=7,
+                      markerfacecolor="white")
+    axis.set_xlim(0, None)
+    axis.set_ylim(0, 100)
+    axis.set(title=f"learned: {title('nk_identical', groups)}", xlabel=title("kl", groups))
     analyze.add_legend(figure)
     return figure
+
+
+def in_words(groups):
+    """What was learned, for those who do not see a figure: "...: alpha 0 63, alpha 3 73"."""
+    means = [f"{label} {np.mean(list(outcomes(runs, 'nk_identical').values())):.0f}"
+             for label, runs in groups.items()]
+    return f"{title('nk_identical', groups)}: {', '.join(means)}"
+
+
+def each_model(groups):
+    """What each model starts and ends with -> table."""
+    before = outcomes(analyze.all_runs(groups), "nk_identical", "before")
+    after = [outcomes(runs, "nk_identical") for runs in groups.values()]
+    rows = [[model, *(f"{x[model]:.1f}" for x in (before, *after))] for model in sorted(before)]
+    return f"Each model, {title('nk_identical', groups)}:\n\n" + table(
+        ["model", "before", *groups], *rows)
 
 
 def pretrained(runs, out):
@@ -126,7 +149,8 @@ def pretrained(runs, out):
     save_figure(analyze.draw_curves(group_runs(found), columns), out, "pretrained.png")
     return ("\n## Where do the pre-trained models fail?\n\n" + analyze.tokens_text(tokens) +
             f"\n% solved by each of them:\n\n{table(['model', *cells.values()], *solved)}\n\n"
-            "![The pre-trained models learn](pretrained.png)\n")
+            "![At the end all models solve problems with two 5-digit numbers, and half of those "
+            "with one or two 6-digit numbers](pretrained.png)\n")
 
 
 # ------------------------------------------------------------------ degrees of pre-training
@@ -158,7 +182,8 @@ def draw_degrees(models, found):
     """The paper's Figures 2 and 3: before RL, and learning curves with alpha 0 and with alpha 3."""
     alphas = sorted({alpha for _, k, alpha in found if k == 1})
     figure, (before, *axes) = analyze.new_figure(
-        1 + len(alphas), 4.2, 3.2, "mean of the models of an N; left, small: each of them")
+        1 + len(alphas), 4.2, 3.2, f"mean of {len(SEEDS)} models of each N, too few for a "
+        "useful 95% interval; small: each model")
     for n, of_n in models.items():
         shares = [100 * np.array(solved(of_n, "varying", more)) for more in range(4)]
         shares = [x for x in shares if len(x)]
@@ -174,7 +199,11 @@ def draw_degrees(models, found):
         for n in models:
             if (n, 1, alpha) in found:
                 x, points = analyze.curve(found[n, 1, alpha], "nk_identical")
-                axis.plot(x, points[:, 0], **analyze.look(f"alpha 3, N = {n}"), clip_on=False)
+                style = analyze.look(f"alpha 3, N = {n}")
+                axis.plot(x, points[:, 0], **style, clip_on=False)
+                ends = list(outcomes(found[n, 1, alpha], "nk_identical").values())
+                axis.plot([1.03 * x[-1]] * len(ends), ends, **style, ls="", ms=3, alpha=0.5,
+                          clip_on=False)
         axis.set_title(f"RL, alpha {alpha}: two numbers of N+1 digits, %", fontsize=9)
         axis.set_xlabel("answers in training")
     for axis in (before, *axes):
@@ -309,7 +338,8 @@ Where the failures begin, of 250 problems with one or two 9-digit numbers, greed
 
 {table(*failures)}
 
-![Learning curves of 100 iterations](plateaus.png)
+![Over 100 iterations one or two 9-digit numbers rise and level off, higher with alpha 3; two
+9-digit numbers stay below 20%, two 7-digit numbers above 90%](plateaus.png)
 
 ```
 {commands}
@@ -334,7 +364,8 @@ def degrees(runs, out):
 
 {before_rl(models)}
 {after_rl(found)}
-![Before RL, and learning curves, by N](degrees.png)
+![Left, before RL: with one digit more, N = 7 still solves most, N = 3 nothing. Middle and right,
+RL: N = 6 and 7 start and end highest, N = 4 stays low, N = 3 at 0](degrees.png)
 
 The models are in assets/pretrained; those of N = 3, 4, 6 and 7, and the control, were made by
 `python pretrain.py --digits $N --extra_digits 3 --seed $m`, certainties and failures measured by
@@ -368,10 +399,12 @@ def report(args):
             figure = analyze.draw_compare(groups)
         save_figure(figure, args.out, f"{name}.png")
         text += f"\n## {question}\n\n{analyze.compare_text(groups)}\n\n"
+        if name == "exponent":
+            text += each_model({label: groups[label] for label in ("alpha 0", "alpha 3")}) + "\n\n"
         if name == "kl":
             text += at_equal_kl(groups) + "\n\n"
         commands = "\n".join(command(runs[0]) for runs in groups.values())
-        text += f"![{question}]({name}.png)\n\n```\n{commands}\n```\n"
+        text += f"![{in_words(groups)}]({name}.png)\n\n```\n{commands}\n```\n"
     if (args.runs / "pretrained/n3_seed0/tokens.json").exists():
         text += degrees(args.runs, args.out)
     if (args.runs / "plateaus/n7_k2_alpha0_model0/tokens.json").exists():
