@@ -1377,7 +1377,8 @@ class Analyze(Case):
         self.assertGreater(os.path.getsize("f/answer.png"), 1000)
         for words, message in (
                 *((f"a.pt {problem}", "is not a problem") for problem in (
-                    "12-3", "12+3+4", "one", "", "9" * 5000 + "+1", "\u0661+1")),
+                    "12-3", "12+3+4", "9" * 5000 + "+1", "\u0661+1")),
+                *((f"a.pt {problem}", "no problem in 'a.pt") for problem in ("one", "12x3", "")),
                 (f"a.pt {'9' * 400}+1", "no positions"), ("b.pt 1+2", "b.pt"),
                 ("1+2", "name one or two"), ("a.pt a.pt a.pt 1+2", "name one or two")):
             self.fails(analyze.main, ["answer", *words.split(" ")], message)
