@@ -93,12 +93,13 @@ def at_equal_kl(groups):
 def draw_kl(groups):
     """What was learned against the KL: means over models, 95% intervals. A family has one marker,
     hollow, as no setting has. The standard penalty is a curve, from its largest coefficient down
-    to none; its points have their names above, those of certainty^alpha below.
+    to none; its points have their names above, certainty^alpha below, controls on the left.
     """
     figure, [axis] = analyze.new_figure(1, 7.5, 4, analyze.models_in_words(groups))
     looks = {"standard penalty, less and less of it": dict(marker="o", color="black"),
              "certainty^alpha": dict(marker="s", color="#2171b5", ls=""),
              "controls": dict(marker="^", color="#a63603", ls="")}
+    places = dict(zip(looks, (((-5, 6), "right"), ((5, -10), "left"), ((-6, -3), "right"))))
     points = {name: [] for name in looks}
     for label, runs in groups.items():
         kl = np.mean(list(outcomes(runs, "kl").values()))
@@ -106,10 +107,10 @@ def draw_kl(groups):
         points[family(label)].append((kl, mean))
         color = looks[family(label)]["color"]
         axis.plot([kl, kl], np.clip(ends, 0, 100), color=color, alpha=0.5, lw=1, zorder=0)
-        if family(label) != "controls":  # their names would hide the others
-            at, side = ((5, -10), "left") if "certainty" in family(label) else ((-5, 6), "right")
-            axis.annotate(label, (kl, mean), at, textcoords="offset points", ha=side, size=8,
-                          color=color)
+        at, side = places[family(label)]
+        name = label.removeprefix("alpha 3, ") if family(label) == "controls" else label
+        axis.annotate(name, (kl, mean), at, textcoords="offset points", ha=side, size=8,
+                      color=color)
     for name, style in looks.items():
         if points[name]:
             axis.plot(*zip(*sorted(points[name])), **style, label=name, markersize=7,
@@ -185,14 +186,14 @@ def draw_degrees(models, found):
         1 + len(alphas), 4.2, 3.2, f"mean of {len(SEEDS)} models of each N, too few for a "
         "useful 95% interval; small: each model")
     for n, of_n in models.items():
-        shares = [100 * np.array(solved(of_n, "varying", more)) for more in range(4)]
+        shares = [100 * np.array(solved(of_n, "identical", more)) for more in range(4)]
         shares = [x for x in shares if len(x)]
         style = analyze.look(f"alpha 3, N = {n}")
         before.plot(range(len(shares)), [x.mean() for x in shares], **style, label=f"N = {n}",
                     clip_on=False)
         for more, x in enumerate(shares):
             before.plot([more] * len(x), x, **style, ls="", ms=3, alpha=0.5, clip_on=False)
-    before.set_title("before RL: one or two numbers of N+k digits, %", fontsize=9)
+    before.set_title("before RL: two numbers of N+k digits, %", fontsize=9)
     before.set_xlabel("k, digits more than in pre-training")
     before.set_xticks(range(4))
     for axis, alpha in zip(axes, alphas):
@@ -364,7 +365,7 @@ def degrees(runs, out):
 
 {before_rl(models)}
 {after_rl(found)}
-![Left, before RL: with one digit more, N = 7 still solves most, N = 3 nothing. Middle and right,
+![Left, before RL: with one digit more, N = 7 solves half, N = 3 and 4 nothing. Middle and right,
 RL: N = 6 and 7 start and end highest, N = 4 stays low, N = 3 at 0](degrees.png)
 
 The models are in assets/pretrained; those of N = 3, 4, 6 and 7, and the control, were made by
