@@ -96,25 +96,24 @@ def draw_kl(groups):
     to none; its points have their names above, certainty^alpha below, controls on the left.
     """
     figure, [axis] = analyze.new_figure(1, 7.5, 4, analyze.models_in_words(groups))
-    looks = {"standard penalty, less and less of it": dict(marker="o", color="black"),
-             "certainty^alpha": dict(marker="s", color="#2171b5", ls=""),
-             "controls": dict(marker="^", color="#a63603", ls="")}
-    places = dict(zip(looks, (((-5, 6), "right"), ((5, -10), "left"), ((-6, -3), "right"))))
-    points = {name: [] for name in looks}
-    for label, runs in groups.items():
-        kl = np.mean(list(outcomes(runs, "kl").values()))
-        mean, *ends = analyze.interval(list(outcomes(runs, "nk_identical").values()))
-        points[family(label)].append((kl, mean))
-        color = looks[family(label)]["color"]
-        axis.plot([kl, kl], np.clip(ends, 0, 100), color=color, alpha=0.5, lw=1, zorder=0)
-        at, side = places[family(label)]
-        name = label.removeprefix("alpha 3, ") if family(label) == "controls" else label
-        axis.annotate(name, (kl, mean), at, textcoords="offset points", ha=side, size=8,
-                      color=color)
-    for name, style in looks.items():
-        if points[name]:
-            axis.plot(*zip(*sorted(points[name])), **style, label=name, markersize=7,
-                      markerfacecolor="white")
+    families = {  # marker, colour and line; where the names of its points stand
+        "standard penalty, less and less of it": ("o", "black", "-", (-5, 6), "right"),
+        "certainty^alpha": ("s", "#2171b5", "", (5, -10), "left"),
+        "controls": ("^", "#a63603", "", (-6, -3), "right")}
+    for name, (marker, color, line, at, side) in families.items():
+        points = []
+        for label, runs in groups.items():
+            if family(label) == name:
+                kl = np.mean(list(outcomes(runs, "kl").values()))
+                mean, *ends = analyze.interval(list(outcomes(runs, "nk_identical").values()))
+                points.append((kl, mean))
+                axis.plot([kl, kl], np.clip(ends, 0, 100), color=color, alpha=0.5, lw=1, zorder=0)
+                short = label.removeprefix("alpha 3, ") if name == "controls" else label
+                axis.annotate(short, (kl, mean), at, textcoords="offset points", ha=side, size=8,
+                              color=color)
+        if points:
+            axis.plot(*zip(*sorted(points)), marker=marker, color=color, ls=line, label=name,
+                      markersize=7, markerfacecolor="white")
     axis.set_xlim(0, None)
     axis.set_ylim(0, 100)
     axis.set(title=f"learned: {title('nk_identical', groups)}", xlabel=title("kl", groups))
