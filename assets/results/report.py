@@ -93,12 +93,12 @@ def at_equal_kl(groups):
 def draw_kl(groups):
     """What was learned against the KL: means over models, 95% intervals. A family has one marker,
     hollow, as no setting has. The standard penalty is a curve, from its largest coefficient down
-    to none; its points have their names above, certainty^alpha below, controls on the left.
+    to none; the points' names stand below, those of certainty^alpha above, of controls left.
     """
     figure, [axis] = analyze.new_figure(1, 7.5, 4, analyze.models_in_words(groups))
     families = {  # marker, colour and line; where the names of its points stand
-        "standard penalty, less and less of it": ("o", "black", "-", (-5, 6), "right"),
-        "certainty^alpha": ("s", "#2171b5", "", (5, -10), "left"),
+        "standard penalty, less and less of it": ("o", "black", "-", (5, -11), "left"),
+        "certainty^alpha": ("s", "#2171b5", "", (5, 4), "left"),
         "controls": ("^", "#a63603", "", (-6, -3), "right")}
     for name, (marker, color, line, at, side) in families.items():
         points = []
@@ -108,7 +108,7 @@ def draw_kl(groups):
                 mean, *ends = analyze.interval(list(outcomes(runs, "nk_identical").values()))
                 points.append((kl, mean))
                 axis.plot([kl, kl], np.clip(ends, 0, 100), color=color, alpha=0.5, lw=1, zorder=0)
-                short = label.removeprefix("alpha 3, ") if name == "controls" else label
+                short = label.removeprefix("alpha 3, " if name == "controls" else "alpha 0, ")
                 axis.annotate(short, (kl, mean), at, textcoords="offset points", ha=side, size=8,
                               color=color)
         if points:
