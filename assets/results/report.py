@@ -93,12 +93,12 @@ def at_equal_kl(groups):
 def draw_kl(groups):
     """What was learned against the KL: means over models, 95% intervals. A family has one marker,
     hollow, as no setting has. The standard penalty is a curve, from its largest coefficient down
-    to none; the points' names stand below, those of certainty^alpha above, of controls left.
+    to none. Names stand below its points, left of controls, on the intervals of certainty^alpha.
     """
-    figure, [axis] = analyze.new_figure(1, 7.5, 4, analyze.models_in_words(groups))
+    figure, [axis] = analyze.new_figure(1, 7.5, 5, analyze.models_in_words(groups))
     families = {  # marker, colour and line; where the names of its points stand
         "standard penalty, less and less of it": ("o", "black", "-", (5, -11), "left"),
-        "certainty^alpha": ("s", "#2171b5", "", (5, 4), "left"),
+        "certainty^alpha": ("s", "#2171b5", "", (0, 2), "right"),
         "controls": ("^", "#a63603", "", (-6, -3), "right")}
     for name, (marker, color, line, at, side) in families.items():
         points = []
@@ -109,7 +109,8 @@ def draw_kl(groups):
                 points.append((kl, mean))
                 axis.plot([kl, kl], np.clip(ends, 0, 100), color=color, alpha=0.5, lw=1, zorder=0)
                 short = label.removeprefix("alpha 3, " if name == "controls" else "alpha 0, ")
-                axis.annotate(short, (kl, mean), at, textcoords="offset points", ha=side, size=8,
+                y = min(ends[1], 95) if name == "certainty^alpha" else mean
+                axis.annotate(short, (kl, y), at, textcoords="offset points", ha=side, size=7,
                               color=color)
         if points:
             axis.plot(*zip(*sorted(points)), marker=marker, color=color, ls=line, label=name,
