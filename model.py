@@ -264,6 +264,11 @@ def solve(model, pairs, temperature=0, seed=0):
     return np.array([data.grade(text, a, b) for text, (a, b) in zip(texts, pairs)]), texts
 
 
+def cells_of(lengths):
+    """Cells of accuracy_table: 5, 6 -> "identical 5", "varying 5", "identical 6", "varying 6"."""
+    return [f"{mode} {length}" for length in lengths for mode in ("identical", "varying")]
+
+
 def accuracy_table(model, cells, n_problems, task):
     """Greedy accuracies on held-out problems, as in the paper's Tables 4 and 5.
 

@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 import data
 from kl import certainty, prioritized_kl
-from model import (accuracy_table, autocast, generate, load_checkpoint, read, save_checkpoint,
-                   slices, solve, split_actions, to_batch, token_logp)
+from model import (accuracy_table, autocast, cells_of, generate, load_checkpoint, read,
+                   save_checkpoint, slices, solve, split_actions, to_batch, token_logp)
 from pretrain import (Run, add_run_options, check_finite, check_memory, folder_of, number,
                       print_table, run_script, settings_of, stop)
 
@@ -281,8 +281,7 @@ def final_accuracies(policy, facts, args):
     answers to held-out problems like those of training -> {cell: share}, {cell: problems}.
     """
     n, k, task = facts["digits"], args.extra_digits, facts["task"]
-    cells = [f"{mode} {length}" for length in (n, n + k) for mode in ("identical", "varying")]
-    accuracies, counts = accuracy_table(policy, cells, args.final_problems, task)
+    accuracies, counts = accuracy_table(policy, cells_of((n, n + k)), args.final_problems, task)
     problems = data.sample_problems(args.final_problems, n, "rl", 1, task, k)
     correct, _ = solve(policy, problems, args.temperature)
     accuracies["sampled, training mix"] = float(correct.mean())

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import data
-from model import (GPT, GPTConfig, PRESETS, accuracy_table, autocast, get_device, load, read_file,
-                   save_checkpoint, solve, split_actions, to_batch, write_file)
+from model import (GPT, GPTConfig, PRESETS, accuracy_table, autocast, cells_of, get_device, load,
+                   read_file, save_checkpoint, solve, split_actions, to_batch, write_file)
 
 LOG = "step loss lr grad_norm n_identical nk_varying".split()  # columns of log.csv
 
@@ -199,8 +199,7 @@ def train(args):
 
     # 3. Measure and save.
     model.bfloat16().float()  # it is saved in bfloat16, half the size: measure what is saved
-    cells = [f"{mode} {length}" for length in range(args.digits, longest + 1)
-             for mode in ("identical", "varying")]
+    cells = cells_of(range(args.digits, longest + 1))
     accuracies, counts = accuracy_table(model, cells, args.eval_problems, args.task)
     save_checkpoint(run.folder / "model.pt", model, torch.bfloat16, digits=args.digits,
                     task=args.task, preset=args.preset, seed=args.seed, settings=run.settings,

@@ -1570,7 +1570,8 @@ class Analyze(Case):
             "README.md", "degrees.png", "exponent.png", "learning.png", "plateaus.png"]))
         text = re.sub(" +", " ", text_of("one/README.md"))
         for part in ("# Results\n\n## Does weighting", "+30.0 [+30.0, +30.0], p = 0.002",
-                     "\n| m9 | 25.0 | 20.0 | 50.0 |\n", "-digit numbers, %: alpha 0 20, alpha 3 50](",
+                     "\n| m9 | 25.0 | 20.0 | 50.0 |\n",
+                     "-digit numbers, %: alpha 0 20, alpha 3 50](",
                      "\n- And with half the coefficient? less/alpha0_half, less/alpha3_half\n",
                      "| 3 (2) | 100.0 (100.0, 100.0) | 50.0 (50.0, 50.0) | - | - |",
                      "| 3 (2): all others | -0.33 | -0.050 [-0.685, +0.585] |",
